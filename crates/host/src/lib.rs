@@ -1,0 +1,1 @@
+//! Grant tables on plain Linux: a monitor, and domains that are processes.

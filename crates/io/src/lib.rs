@@ -1,0 +1,1 @@
+//! Shared rings and the split-driver protocols on them: blkif, frontend and backend.

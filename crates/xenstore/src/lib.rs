@@ -1,0 +1,1 @@
+//! A XenStore: tree, permissions, watches, transactions, quotas and wire protocol.
