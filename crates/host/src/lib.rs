@@ -1,1 +1,9 @@
 //! Grant tables on plain Linux: a monitor, and domains that are processes.
+
+#![deny(unsafe_code)]
+
+#[expect(
+    unsafe_code,
+    reason = "the one place for system calls and memory that other processes write"
+)]
+pub mod sys;
