@@ -3,11 +3,43 @@
 
 use crate::layout::structure;
 use crate::{
-    Abi, CacheOp, CopyFlags, DomId, EncodeError, GrantHandle, GrantRef, GrantStatus, MapFlags, Mfn, Truncated,
+    Abi, CacheOp, CopyFlags, DomId, EncodeError, GrantHandle, GrantRef, GrantStatus, MapFlags, Mfn,
+    PAGE_SIZE, Truncated,
 };
+
+/// Bytes of the area into which real Xen widens the arguments of a 32-bit caller (spec 3.1.4).
+/// What fits into it bounds the four operations that need widening.
+pub const COMPAT_AREA_SIZE: usize = 2 * PAGE_SIZE;
+/// Items of a 32-bit caller's transfer that are read before the first of them is executed.
+pub const COMPAT_TRANSFER_CHUNK: usize = COMPAT_AREA_SIZE / Transfer::size(Abi::X86_64);
+/// Items of a 32-bit caller's copy that are read before the first of them is executed.
+pub const COMPAT_COPY_CHUNK: usize = COMPAT_AREA_SIZE / Copy::size(Abi::X86_64);
+/// Frames that setup_table can report to a 32-bit caller; a request for more is *general_error*.
+pub const COMPAT_SETUP_TABLE_FRAMES: usize = (COMPAT_AREA_SIZE - SetupTable::size(Abi::X86_64)) / 8;
+/// Frames that get_status_frames of Xen 4.17 can report to a 32-bit caller. Later: no such bound.
+pub const COMPAT_STATUS_FRAMES: usize = (COMPAT_AREA_SIZE - GetStatusFrames::size(Abi::X86_64)) / 8;
 
 structure! {
     /// Argument of [`Op::MapGrantRef`](crate::Op::MapGrantRef) (spec 3.3).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, DomId, GrantRef, MapFlags, MapGrantRef};
+    ///
+    /// let request = MapGrantRef {
+    ///     host_addr: 0x4000_0000,
+    ///     flags: MapFlags::HOST_MAP | MapFlags::READONLY,
+    ///     gref: GrantRef(0x67a),
+    ///     dom: DomId(5),
+    ///     ..MapGrantRef::default()
+    /// };
+    /// let mut bytes = [0; 32];
+    /// request.encode(Abi::X86_64, &mut bytes)?;
+    ///
+    /// // The hypervisor answers in the same bytes; only `status` says whether the rest holds.
+    /// let answer = MapGrantRef::decode(Abi::X86_64, &bytes)?;
+    /// assert!(answer.status.is_okay());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     MapGrantRef [32, 32] {
         /// In: where to map, a guest address in bytes (or a page-table entry's machine address).
         host_addr: fixed(u64) @ [0, 0],
@@ -28,6 +60,20 @@ structure! {
 
 structure! {
     /// Argument of [`Op::UnmapGrantRef`](crate::Op::UnmapGrantRef) (spec 3.4).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, GrantHandle, UnmapGrantRef};
+    ///
+    /// let request = UnmapGrantRef {
+    ///     host_addr: 0x4000_0000,
+    ///     handle: GrantHandle(3),
+    ///     ..UnmapGrantRef::default()
+    /// };
+    /// let mut bytes = [0; 24];
+    /// request.encode(Abi::X86_64, &mut bytes)?;
+    /// assert_eq!(bytes[16], 3);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     UnmapGrantRef [24, 24] {
         /// In: the host mapping to remove; 0: none.
         host_addr: fixed(u64) @ [0, 0],
@@ -42,6 +88,21 @@ structure! {
 
 structure! {
     /// Argument of [`Op::SetupTable`](crate::Op::SetupTable) (spec 3.5).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, DomId, SetupTable};
+    ///
+    /// let request = SetupTable {
+    ///     dom: DomId::SELF,
+    ///     nr_frames: 4,
+    ///     frame_list: 0x10_0000,
+    ///     ..SetupTable::default()
+    /// };
+    /// let mut bytes = [0; 16];
+    /// request.encode(Abi::X86_32, &mut bytes)?;
+    /// assert_eq!(SetupTable::decode(Abi::X86_32, &bytes)?, request);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     SetupTable [24, 16] {
         /// In: whose table.
         dom: fixed(DomId) @ [0, 0],
@@ -55,7 +116,20 @@ structure! {
 }
 
 structure! {
-    /// Argument of [`Op::DumpTable`](crate::Op::DumpTable).
+    /// Argument of [`Op::DumpTable`](crate::Op::DumpTable) (spec 3.14).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, DomId, DumpTable};
+    ///
+    /// let request = DumpTable {
+    ///     dom: DomId::SELF,
+    ///     ..DumpTable::default()
+    /// };
+    /// let mut bytes = [0; 4];
+    /// request.encode(Abi::X86_64, &mut bytes)?;
+    /// assert_eq!(bytes, [0xf0, 0x7f, 0, 0]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     DumpTable [4, 4] {
         /// In: whose table.
         dom: fixed(DomId) @ [0, 0],
@@ -66,6 +140,23 @@ structure! {
 
 structure! {
     /// Argument of [`Op::Transfer`](crate::Op::Transfer) (spec 3.7).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, DomId, GrantRef, Transfer};
+    ///
+    /// let request = Transfer {
+    ///     mfn: 0x1_0000_0000,
+    ///     domid: DomId(1),
+    ///     gref: GrantRef(9),
+    ///     ..Transfer::default()
+    /// };
+    /// let mut bytes = [0; 24];
+    /// request.encode(Abi::X86_64, &mut bytes)?;
+    ///
+    /// // The frame number does not fit a word of the 32-bit ABI.
+    /// assert!(request.encode(Abi::X86_32, &mut bytes).is_err());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     Transfer [24, 16] {
         /// In: the caller's page that is given away.
         mfn: word @ [0, 0],
@@ -81,13 +172,21 @@ structure! {
 /// One side of a copy: a reference or a frame, and where in its page (spec 5.1).
 ///
 /// Which of the two `u` holds, the copy's flags say.
+///
+/// ```
+/// use gnttab_abi::{CopyPtr, DomId, GrantRef};
+///
+/// let granted = CopyPtr::grant(DomId(1), GrantRef(5), 100);
+/// assert_eq!((granted.gref(), granted.offset), (GrantRef(5), 100));
+/// assert_eq!(CopyPtr::frame(0x1_0000_0005, 0).gref(), GrantRef(5));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct CopyPtr {
     /// The union of reference (its low four bytes) and frame number (all of it), as it lies.
     pub u: u64,
     /// The domain of the table, or [`DomId::SELF`] for a frame.
     pub domid: DomId,
-    /// First byte within the page.
+    /// First byte within the page, 0 to 4095 where the copy is to succeed.
     pub offset: u16,
 }
 
@@ -121,6 +220,21 @@ impl CopyPtr {
 }
 
 /// Argument of [`Op::Copy`](crate::Op::Copy) (spec 3.8 and 5).
+///
+/// ```
+/// use gnttab_abi::{Abi, Copy, CopyFlags, CopyPtr, DomId, GrantRef};
+///
+/// let copy = Copy {
+///     source: CopyPtr::grant(DomId(1), GrantRef(5), 0),
+///     dest: CopyPtr::frame(0x1234, 0),
+///     len: 4096,
+///     flags: CopyFlags::SOURCE_GREF,
+///     ..Copy::default()
+/// };
+/// let mut bytes = [0; 24];
+/// copy.encode(Abi::X86_32, &mut bytes).unwrap();
+/// assert_eq!(Copy::decode(Abi::X86_32, &bytes), Ok(copy));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Copy {
     /// In: where bytes come from.
@@ -171,7 +285,7 @@ mod wire {
 use wire::CopyWire;
 
 impl Copy {
-    /// Bytes that the structure takes.
+    /// Bytes that the structure takes: 40, or 24 with [`Abi::X86_32`].
     #[must_use]
     pub const fn size(abi: Abi) -> usize {
         CopyWire::size(abi)
@@ -201,10 +315,11 @@ impl Copy {
         })
     }
 
-    /// Writes every field to the start of `bytes`.
+    /// Writes every field to the start of `bytes`; padding is left as it was.
     ///
     /// # Errors
-    /// [`EncodeError`] if the buffer is too short or a frame number does not fit the ABI.
+    /// [`EncodeError`] if the buffer is too short or a frame number does not fit the ABI; nothing
+    /// is written then.
     #[inline]
     pub fn encode(&self, abi: Abi, bytes: &mut [u8]) -> Result<(), EncodeError> {
         let Copy {
@@ -228,7 +343,8 @@ impl Copy {
         .encode(abi, bytes)
     }
 
-    /// Where each field lies: its name, offset and size.
+    /// Where each field lies: its name, offset and size in bytes. The two sides appear field by
+    /// field, as `source_u`, `source_domid`, `source_offset` and so on.
     #[must_use]
     pub const fn fields(abi: Abi) -> &'static [(&'static str, usize, usize)] {
         CopyWire::fields(abi)
@@ -237,6 +353,15 @@ impl Copy {
 
 structure! {
     /// Argument of [`Op::QuerySize`](crate::Op::QuerySize) (spec 3.6).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, QuerySize};
+    ///
+    /// let answer = [0xf0, 0x7f, 0, 0, 1, 0, 0, 0, 64, 0, 0, 0, 0, 0, 0, 0];
+    /// let size = QuerySize::decode(Abi::X86_64, &answer)?;
+    /// assert_eq!((size.nr_frames, size.max_nr_frames), (1, 64));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     QuerySize [16, 16] {
         /// In: whose table.
         dom: fixed(DomId) @ [0, 0],
@@ -251,6 +376,21 @@ structure! {
 
 structure! {
     /// Argument of [`Op::UnmapAndReplace`](crate::Op::UnmapAndReplace) (spec 3.4.4).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, GrantHandle, UnmapAndReplace};
+    ///
+    /// let request = UnmapAndReplace {
+    ///     host_addr: 0x4000_0000,
+    ///     new_addr: 0x5000_0000,
+    ///     handle: GrantHandle(3),
+    ///     ..UnmapAndReplace::default()
+    /// };
+    /// let mut bytes = [0; 24];
+    /// request.encode(Abi::X86_64, &mut bytes)?;
+    /// assert_eq!(UnmapAndReplace::decode(Abi::X86_64, &bytes)?, request);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     UnmapAndReplace [24, 24] {
         /// In: the host mapping to remove.
         host_addr: fixed(u64) @ [0, 0],
@@ -265,6 +405,15 @@ structure! {
 
 structure! {
     /// Argument of [`Op::SetVersion`](crate::Op::SetVersion) (spec 3.9).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, SetVersion};
+    ///
+    /// let mut bytes = [0; 4];
+    /// SetVersion { version: 2 }.encode(Abi::Arm, &mut bytes)?;
+    /// assert_eq!(bytes, [2, 0, 0, 0]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     SetVersion [4, 4] {
         /// In: the version wanted, 1 or 2. Out: the version in force, also on failure.
         version: fixed(u32) @ [0, 0],
@@ -273,6 +422,21 @@ structure! {
 
 structure! {
     /// Argument of [`Op::GetStatusFrames`](crate::Op::GetStatusFrames) (spec 3.10).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, DomId, GetStatusFrames};
+    ///
+    /// let request = GetStatusFrames {
+    ///     nr_frames: 1,
+    ///     dom: DomId::SELF,
+    ///     frame_list: 0x10_0000,
+    ///     ..GetStatusFrames::default()
+    /// };
+    /// let mut bytes = [0; 16];
+    /// request.encode(Abi::X86_64, &mut bytes)?;
+    /// assert_eq!(GetStatusFrames::decode(Abi::X86_64, &bytes)?, request);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     GetStatusFrames [16, 12] {
         /// In: how many frames to report.
         nr_frames: fixed(u32) @ [0, 0],
@@ -287,6 +451,14 @@ structure! {
 
 structure! {
     /// Argument of [`Op::GetVersion`](crate::Op::GetVersion) (spec 3.11).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, DomId, GetVersion};
+    ///
+    /// let version = GetVersion::decode(Abi::Arm, &[5, 0, 0xff, 0xff, 1, 0, 0, 0])?;
+    /// assert_eq!((version.dom, version.version), (DomId(5), 1));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     GetVersion [8, 8] {
         /// In: whose table.
         dom: fixed(DomId) @ [0, 0],
@@ -299,6 +471,20 @@ structure! {
 
 structure! {
     /// Argument of [`Op::SwapGrantRef`](crate::Op::SwapGrantRef) (spec 3.12).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, GrantRef, SwapGrantRef};
+    ///
+    /// let request = SwapGrantRef {
+    ///     ref_a: GrantRef(8),
+    ///     ref_b: GrantRef(9),
+    ///     ..SwapGrantRef::default()
+    /// };
+    /// let mut bytes = [0; 12];
+    /// request.encode(Abi::X86_64, &mut bytes)?;
+    /// assert_eq!(bytes, [8, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     SwapGrantRef [12, 12] {
         /// In: one entry.
         ref_a: fixed(GrantRef) @ [0, 0],
@@ -311,12 +497,27 @@ structure! {
 
 structure! {
     /// Argument of [`Op::CacheFlush`](crate::Op::CacheFlush) (spec 3.13). It has no result field.
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, CacheFlush, CacheOp, Mfn};
+    ///
+    /// let request = CacheFlush {
+    ///     dev_bus_addr: 0x5_5000,
+    ///     offset: 64,
+    ///     length: 128,
+    ///     op: CacheOp::CLEAN | CacheOp::INVAL,
+    /// };
+    /// let mut bytes = [0; 16];
+    /// request.encode(Abi::Arm, &mut bytes)?;
+    /// assert_eq!(CacheFlush::decode(Abi::Arm, &bytes)?.mfn(), Mfn(0x55));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     CacheFlush [16, 16] {
         /// In: a machine address in bytes (the reference form is never accepted).
         dev_bus_addr: fixed(u64) @ [0, 0],
         /// In: first byte within the page.
         offset: fixed(u16) @ [8, 8],
-        /// In: bytes.
+        /// In: bytes, at most to the end of the page.
         length: fixed(u16) @ [10, 10],
         /// In: what to do.
         op: fixed(CacheOp) @ [12, 12],

@@ -5,11 +5,22 @@ use core::fmt;
 macro_rules! errnos {
     ($($(#[$doc:meta])* $name:ident = $value:literal, $text:literal;)*) => {
         /// A hypercall-level error. It ends a batch at once; finished items stay finished (spec 0.2).
+        ///
+        /// ```
+        /// use gnttab_abi::Errno;
+        ///
+        /// assert_eq!(Errno::Fault.hypercall_result(), -14);
+        /// assert_eq!(Errno::from_number(14), Some(Errno::Fault));
+        /// assert_eq!(Errno::Fault.to_string(), "-EFAULT (-14)");
+        /// ```
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[non_exhaustive]
         pub enum Errno { $($(#[$doc])* $name,)* }
 
         impl Errno {
+            /// Every error that the interface uses, by rising number.
+            pub const ALL: &'static [Errno] = &[$(Errno::$name,)*];
+
             /// The positive number of the error.
             #[must_use]
             pub const fn number(self) -> u16 {
@@ -80,6 +91,7 @@ impl Errno {
     }
 }
 
+/// As C writes it, and the number: `-EFAULT (-14)`.
 impl fmt::Display for Errno {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "-{} ({})", self.name(), -i32::from(self.number()))

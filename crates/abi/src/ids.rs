@@ -11,6 +11,14 @@ pub const PAGE_SHIFT: u32 = 12;
 ///
 /// Ordinary domains lie below [`DomId::FIRST_RESERVED`]. Having one says nothing
 /// about whether such a domain exists.
+///
+/// ```
+/// use gnttab_abi::DomId;
+///
+/// assert!(DomId(5).is_ordinary());
+/// assert!(!DomId::SELF.is_ordinary());
+/// assert_eq!(DomId(5).to_string(), "d5");
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DomId(pub u16);
 
@@ -39,6 +47,7 @@ impl DomId {
     }
 }
 
+/// `d5`; the special number of the caller as `self`.
 impl fmt::Display for DomId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
@@ -50,7 +59,13 @@ impl fmt::Display for DomId {
 
 /// A grant reference (`grant_ref_t`): the index of an entry in its granter's table.
 ///
-/// Chosen by the granter; for everybody else it is an untrusted number.
+/// Chosen by the granter; for everybody else it is an untrusted number. 32 bits (spec 1.1).
+///
+/// ```
+/// use gnttab_abi::GrantRef;
+///
+/// assert_eq!(GrantRef(0x679a).to_string(), "0x679a");
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GrantRef(pub u32);
 
@@ -59,6 +74,7 @@ impl GrantRef {
     pub const INVALID: GrantRef = GrantRef(u32::MAX);
 }
 
+/// In hexadecimal.
 impl fmt::Display for GrantRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#x}", self.0)
@@ -67,7 +83,13 @@ impl fmt::Display for GrantRef {
 
 /// The handle of one mapping (`grant_handle_t`), given out by map, used up by unmap.
 ///
-/// Opaque to the domain that holds it.
+/// Opaque to the domain that holds it. 32 bits (spec 1.1).
+///
+/// ```
+/// use gnttab_abi::GrantHandle;
+///
+/// assert_eq!(GrantHandle(256).to_string(), "256");
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GrantHandle(pub u32);
 
@@ -76,6 +98,7 @@ impl GrantHandle {
     pub const INVALID: GrantHandle = GrantHandle(u32::MAX);
 }
 
+/// In decimal.
 impl fmt::Display for GrantHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)
@@ -85,6 +108,13 @@ impl fmt::Display for GrantHandle {
 /// A guest frame number: a page as its domain names it.
 ///
 /// For a PV domain that is the machine frame (spec 0.1).
+///
+/// ```
+/// use gnttab_abi::Gfn;
+///
+/// assert_eq!(Gfn::containing(0x1234_5678), Gfn(0x1_2345));
+/// assert_eq!(Gfn(0x1_2345).address(), 0x1234_5000);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Gfn(pub u64);
 
@@ -105,13 +135,21 @@ impl Gfn {
     }
 }
 
+/// In hexadecimal.
 impl fmt::Display for Gfn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#x}", self.0)
     }
 }
 
-/// A machine frame number: a page as the hypervisor names it.
+/// A machine frame number: a page as the hypervisor names it (spec 0.1).
+///
+/// ```
+/// use gnttab_abi::Mfn;
+///
+/// assert_eq!(Mfn::containing(0xfff), Mfn(0));
+/// assert_eq!(Mfn(0x55).address(), 0x5_5000);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Mfn(pub u64);
 
@@ -129,6 +167,7 @@ impl Mfn {
     }
 }
 
+/// In hexadecimal.
 impl fmt::Display for Mfn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#x}", self.0)

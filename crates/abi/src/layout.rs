@@ -6,6 +6,12 @@
 use crate::{CacheOp, CopyFlags, DomId, GrantHandle, GrantRef, GrantStatus, MapFlags};
 
 /// A calling ABI: how wide words and pointers inside an argument are (spec 1.1).
+///
+/// ```
+/// use gnttab_abi::{Abi, SetupTable};
+///
+/// assert_eq!(Abi::ALL.map(SetupTable::size), [24, 16, 24]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Abi {
     /// 64-bit x86.
@@ -46,7 +52,7 @@ pub struct Truncated {
 /// A structure could not be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EncodeError {
-    /// The buffer is too short.
+    /// The buffer is too short. Nothing was written.
     #[error(transparent)]
     Truncated(#[from] Truncated),
     /// A word is wider than the ABI's words. Nothing was written.
@@ -185,7 +191,7 @@ macro_rules! structure {
                 Ok(())
             }
 
-            /// Where each field lies: its name, offset and size, in the order of the header.
+            /// Where each field lies: its name, offset and size in bytes, in the order of the header.
             #[must_use]
             pub const fn fields(abi: $crate::Abi) -> &'static [(&'static str, usize, usize)] {
                 match abi.word_size() {

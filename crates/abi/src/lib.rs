@@ -40,22 +40,23 @@ mod op;
 mod status;
 
 pub use args::{
-    CacheFlush, Copy, CopyPtr, DumpTable, GetStatusFrames, GetVersion, MapGrantRef, QuerySize, SetVersion,
-    SetupTable, SwapGrantRef, Transfer, UnmapAndReplace, UnmapGrantRef,
+    COMPAT_AREA_SIZE, COMPAT_COPY_CHUNK, COMPAT_SETUP_TABLE_FRAMES, COMPAT_STATUS_FRAMES,
+    COMPAT_TRANSFER_CHUNK, CacheFlush, Copy, CopyPtr, DumpTable, GetStatusFrames, GetVersion, MapGrantRef,
+    QuerySize, SetVersion, SetupTable, SwapGrantRef, Transfer, UnmapAndReplace, UnmapGrantRef,
 };
 pub use entry::{
     ENTRY_V1_SIZE, ENTRY_V2_SIZE, EntryBodyV2, EntryHead, EntryV1, EntryV2, NR_RESERVED_ENTRIES,
-    RESERVED_CONSOLE, RESERVED_XENSTORE, STATUS_PER_PAGE, V1_ENTRIES_PER_PAGE, V2_ENTRIES_PER_PAGE,
-    status_pages_for,
+    RESERVED_CONSOLE, RESERVED_XENSTORE, STATUS_PER_PAGE, STATUS_WORD_SIZE, V1_ENTRIES_PER_PAGE,
+    V2_ENTRIES_PER_PAGE, status_pages_for,
 };
 pub use errno::Errno;
-pub use flags::{CacheOp, CopyFlags, EntryFlags, EntryType, MapFlags};
+pub use flags::{CacheOp, CopyFlags, EntryFlags, EntryType, FEATURE_GNTTAB_MAP_AVAIL_BITS, MapFlags};
 pub use ids::{DomId, Gfn, GrantHandle, GrantRef, Mfn, PAGE_SHIFT, PAGE_SIZE};
 pub use layout::{Abi, EncodeError, Truncated, Word};
 pub use memory::{
     ADD_TO_PHYSMAP_STATUS_BIT, AcquireResource, AddToPhysmap, AddToPhysmapBatch, MEMOP_ACQUIRE_RESOURCE,
-    MEMOP_ADD_TO_PHYSMAP, MEMOP_ADD_TO_PHYSMAP_BATCH, PHYSMAP_SPACE_GRANT_TABLE, RESOURCE_GRANT_TABLE,
-    RESOURCE_GRANT_TABLE_SHARED, RESOURCE_GRANT_TABLE_STATUS,
+    MEMOP_ADD_TO_PHYSMAP, MEMOP_ADD_TO_PHYSMAP_BATCH, MEMORY_OP, PHYSMAP_SPACE_GRANT_TABLE,
+    RESOURCE_GRANT_TABLE, RESOURCE_GRANT_TABLE_SHARED, RESOURCE_GRANT_TABLE_STATUS,
 };
-pub use op::{Command, GRANT_TABLE_OP, Op};
+pub use op::{Command, GRANT_TABLE_OP, INTERFACE_SETUP_TABLE_PFNS, INTERFACE_VERSION_2_TABLES, Op};
 pub use status::GrantStatus;

@@ -3,25 +3,44 @@
 use crate::DomId;
 use crate::layout::structure;
 
-/// Subcommand `XENMEM_add_to_physmap`.
+/// Hypercall number of `memory_op`, `__HYPERVISOR_memory_op`.
+pub const MEMORY_OP: u32 = 12;
+/// Subcommand `XENMEM_add_to_physmap`: put one frame of a table at a gfn (spec 6.2).
 pub const MEMOP_ADD_TO_PHYSMAP: u32 = 7;
-/// Subcommand `XENMEM_add_to_physmap_batch`.
+/// Subcommand `XENMEM_add_to_physmap_batch`: the same for a list of frames (spec 6.2).
 pub const MEMOP_ADD_TO_PHYSMAP_BATCH: u32 = 23;
-/// Subcommand `XENMEM_acquire_resource`.
+/// Subcommand `XENMEM_acquire_resource`: get at the frames of another domain's table (spec 6.1).
 pub const MEMOP_ACQUIRE_RESOURCE: u32 = 28;
-/// Space of the grant table in the physmap operations.
+/// Space of the grant table in the physmap operations, `XENMAPSPACE_grant_table`.
 pub const PHYSMAP_SPACE_GRANT_TABLE: u32 = 1;
-/// Bit of the index that selects status frames (version 2 tables only).
+/// Bit of the index that selects status frames, `XENMAPIDX_grant_table_status`. Of a version 1
+/// table it is part of the index (spec 6.2).
 pub const ADD_TO_PHYSMAP_STATUS_BIT: u64 = 0x8000_0000;
-/// Resource type of the grant table.
+/// Resource type of the grant table, `XENMEM_resource_grant_table`.
 pub const RESOURCE_GRANT_TABLE: u16 = 1;
-/// Resource id of the shared frames.
+/// Resource id of the shared frames, `XENMEM_resource_grant_table_id_shared`.
 pub const RESOURCE_GRANT_TABLE_SHARED: u32 = 0;
-/// Resource id of the status frames.
+/// Resource id of the status frames, `XENMEM_resource_grant_table_id_status`.
 pub const RESOURCE_GRANT_TABLE_STATUS: u32 = 1;
 
 structure! {
     /// Argument of `XENMEM_add_to_physmap` (spec 6.2).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, AddToPhysmap, DomId, PHYSMAP_SPACE_GRANT_TABLE};
+    ///
+    /// let request = AddToPhysmap {
+    ///     domid: DomId::SELF,
+    ///     space: PHYSMAP_SPACE_GRANT_TABLE,
+    ///     idx: 0,
+    ///     gpfn: 0xfee00,
+    ///     ..AddToPhysmap::default()
+    /// };
+    /// let mut bytes = [0; 24];
+    /// request.encode(Abi::X86_64, &mut bytes)?;
+    /// assert_eq!(AddToPhysmap::decode(Abi::X86_64, &bytes)?, request);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     AddToPhysmap [24, 16] {
         /// In: whose physmap.
         domid: fixed(DomId) @ [0, 0],
@@ -37,11 +56,29 @@ structure! {
 }
 
 structure! {
-    /// Argument of `XENMEM_add_to_physmap_batch`.
+    /// Argument of `XENMEM_add_to_physmap_batch` (spec 6.2).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, AddToPhysmapBatch, DomId};
+    ///
+    /// let request = AddToPhysmapBatch {
+    ///     domid: DomId::SELF,
+    ///     space: 1,
+    ///     size: 4,
+    ///     idxs: 0x1000,
+    ///     gpfns: 0x2000,
+    ///     errs: 0x3000,
+    ///     ..AddToPhysmapBatch::default()
+    /// };
+    /// let mut bytes = [0; 20];
+    /// request.encode(Abi::X86_32, &mut bytes)?;
+    /// assert_eq!(AddToPhysmapBatch::decode(Abi::X86_32, &bytes)?, request);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     AddToPhysmapBatch [32, 20] {
         /// In: whose physmap.
         domid: fixed(DomId) @ [0, 0],
-        /// In: the space.
+        /// In: the space, [`PHYSMAP_SPACE_GRANT_TABLE`] here.
         space: fixed(u16) @ [2, 2],
         /// In: number of elements.
         size: fixed(u16) @ [4, 4],
@@ -58,6 +95,23 @@ structure! {
 
 structure! {
     /// Argument of `XENMEM_acquire_resource` (spec 6.1).
+    ///
+    /// ```
+    /// use gnttab_abi::{Abi, AcquireResource, DomId, RESOURCE_GRANT_TABLE, RESOURCE_GRANT_TABLE_SHARED};
+    ///
+    /// let request = AcquireResource {
+    ///     domid: DomId(5),
+    ///     kind: RESOURCE_GRANT_TABLE,
+    ///     id: RESOURCE_GRANT_TABLE_SHARED,
+    ///     nr_frames: 1,
+    ///     frame_list: 0x10_0000,
+    ///     ..AcquireResource::default()
+    /// };
+    /// let mut bytes = [0; 28];
+    /// request.encode(Abi::X86_32, &mut bytes)?;
+    /// assert_eq!(AcquireResource::decode(Abi::X86_32, &bytes)?, request);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     AcquireResource [32, 28] {
         /// In: whose resource.
         domid: fixed(DomId) @ [0, 0],

@@ -8,6 +8,16 @@ macro_rules! statuses {
         ///
         /// Zero is success and every failure is negative. A field that a guest filled in may
         /// hold any number, so this is a newtype with the known values as constants.
+        ///
+        /// ```
+        /// use gnttab_abi::GrantStatus;
+        ///
+        /// let status = GrantStatus(-3);
+        /// assert_eq!(status.result(), Err(GrantStatus::BAD_GNTREF));
+        /// assert_eq!(status.to_string(), "bad_gntref (-3)");
+        /// assert_eq!(status.message(), Some("invalid grant reference"));
+        /// assert_eq!(GrantStatus(7).message(), None);
+        /// ```
         #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct GrantStatus(pub i16);
 
@@ -24,7 +34,8 @@ macro_rules! statuses {
                 match self.0 { $($value => Some($name),)* _ => None }
             }
 
-            /// The message of the public header (`GNTTABOP_error_msgs`).
+            /// The message of the public header (`GNTTABOP_error_msgs`), or `None` for a number
+            /// that the interface does not know.
             #[must_use]
             pub const fn message(self) -> Option<&'static str> {
                 match self.0 { $($value => Some($message),)* _ => None }
@@ -48,7 +59,7 @@ statuses! {
     BAD_VIRT_ADDR = -5, "bad_virt_addr", "invalid virtual address";
     /// The bus address is not that of the mapping.
     BAD_DEV_ADDR = -6, "bad_dev_addr", "invalid device address";
-    /// The I/O MMU has no room.
+    /// The I/O MMU has no room. No version of Xen that the spec knows produces it.
     NO_DEVICE_SPACE = -7, "no_device_space", "no spare translation slot in the I/O MMU";
     /// A policy forbids it.
     PERMISSION_DENIED = -8, "permission_denied", "permission denied";
@@ -60,7 +71,7 @@ statuses! {
     ADDRESS_TOO_BIG = -11, "address_too_big", "page address size too large";
     /// Not now: try again.
     EAGAIN = -12, "eagain", "operation not done; try again";
-    /// Out of handles.
+    /// Out of handles. Newer than the header of Xen 4.5 (spec 1.4).
     NO_SPACE = -13, "no_space", "out of space";
 }
 
@@ -80,6 +91,7 @@ impl GrantStatus {
     }
 }
 
+/// The name and the number: `bad_gntref (-3)`.
 impl fmt::Display for GrantStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({})", self.name().unwrap_or("unknown status"), self.0)
