@@ -1,0 +1,312 @@
+//! The words that a guest can write: the only module that touches them.
+//!
+//! Rules:
+//! 1. Every access is one atomic of the width that the interface gives the word: 32 bits for the
+//!    head of an entry, 32 for a version 1 frame, 64 for a version 2 frame, 16 for a status word.
+//! 2. What was read is what is judged. No function here reads a word twice for one answer.
+//! 3. No reference to plain bytes of a page is ever formed; the guest may write at any instant.
+//! 4. An index is checked against the page before it becomes an address, and masked, so that a
+//!    mispredicted check reaches no other memory either.
+
+#![expect(
+    unsafe_code,
+    reason = "the one place where shared memory is turned into atomics"
+)]
+
+use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+use gnttab_abi::{EntryFlags, EntryHead, EntryV1, EntryV2, PAGE_SIZE};
+
+/// One page that a guest shares, as atomic words.
+///
+/// Having a reference to one tells you: the 4096 bytes are there for as long as the reference
+/// is. It tells you nothing about what they hold from one read to the next.
+///
+/// ```
+/// use gnttab_engine::PageWords;
+///
+/// let page = PageWords::zeroed();
+/// assert_eq!(page.read_bytes::<8>(4088), Some([0; 8]));
+/// ```
+#[repr(C, align(4096))]
+pub struct PageWords(UnsafeCell<[u8; PAGE_SIZE]>);
+
+// SAFETY: every access to the bytes goes through atomics or through `copy_within_pages`, whose
+// contract allows concurrent writers; no reference to the bytes is ever handed out.
+unsafe impl Sync for PageWords {}
+
+impl PageWords {
+    /// A page of zeros.
+    #[must_use]
+    pub const fn zeroed() -> PageWords {
+        PageWords(UnsafeCell::new([0; PAGE_SIZE]))
+    }
+
+    /// First byte, for embedders that map the page elsewhere.
+    #[must_use]
+    pub const fn as_ptr(&self) -> *mut u8 {
+        self.0.get().cast()
+    }
+
+    fn u16(&self, index: usize) -> &AtomicU16 {
+        let index = index & (PAGE_SIZE / 2 - 1);
+        // SAFETY: the masked index lies within the page, the page is aligned for u16, it lives as
+        // long as `self`, and all access to it is atomic.
+        unsafe { &*self.as_ptr().cast::<AtomicU16>().wrapping_add(index) }
+    }
+
+    fn u32(&self, index: usize) -> &AtomicU32 {
+        let index = index & (PAGE_SIZE / 4 - 1);
+        // SAFETY: as for u16, aligned for u32.
+        unsafe { &*self.as_ptr().cast::<AtomicU32>().wrapping_add(index) }
+    }
+
+    fn u64(&self, index: usize) -> &AtomicU64 {
+        let index = index & (PAGE_SIZE / 8 - 1);
+        // SAFETY: as for u16, aligned for u64.
+        unsafe { &*self.as_ptr().cast::<AtomicU64>().wrapping_add(index) }
+    }
+
+    /// Reads `N` bytes at `offset`, byte by byte; `None` past the end of the page. For argument
+    /// structures and observers, not for entries.
+    #[must_use]
+    pub fn read_bytes<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        self.read(offset, &mut bytes).then_some(bytes)
+    }
+
+    /// Copies bytes out of the page; false, and nothing done, past its end.
+    #[must_use]
+    pub fn read(&self, offset: usize, into: &mut [u8]) -> bool {
+        if offset > PAGE_SIZE || into.len() > PAGE_SIZE - offset {
+            return false;
+        }
+        let from = self.as_ptr().wrapping_add(offset);
+        // SAFETY: the range was checked to lie in the page; `into` is exclusive memory elsewhere.
+        unsafe { core::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
+        true
+    }
+
+    /// Copies bytes into the page; false, and nothing done, past its end.
+    #[must_use]
+    pub fn write(&self, offset: usize, bytes: &[u8]) -> bool {
+        if offset > PAGE_SIZE || bytes.len() > PAGE_SIZE - offset {
+            return false;
+        }
+        let to = self.as_ptr().wrapping_add(offset);
+        // SAFETY: the range was checked to lie in the page, which `&self` lets anybody write.
+        unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        true
+    }
+
+    /// Moves `len` bytes from one page to another, or within one; false, and nothing done, if a
+    /// range passes the end of its page. Overlapping ranges end as an ascending copy may leave
+    /// them. Either side may be written by guests meanwhile: the bytes are data to nobody here.
+    #[must_use]
+    pub fn copy(source: &PageWords, from: u16, dest: &PageWords, to: u16, len: u16) -> bool {
+        let (from, to, len) = (usize::from(from), usize::from(to), usize::from(len));
+        if from + len > PAGE_SIZE || to + len > PAGE_SIZE {
+            return false;
+        }
+        let (from, to) = (source.as_ptr().wrapping_add(from), dest.as_ptr().wrapping_add(to));
+        // SAFETY: both ranges were checked to lie in their pages; `copy` allows overlap.
+        unsafe { core::ptr::copy(from, to, len) };
+        true
+    }
+
+    /// Zeroes the page.
+    pub(crate) fn clear(&self) {
+        for i in 0..PAGE_SIZE / 8 {
+            self.u64(i).store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Default for PageWords {
+    fn default() -> Self {
+        PageWords::zeroed()
+    }
+}
+
+impl core::fmt::Debug for PageWords {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("PageWords(..)")
+    }
+}
+
+/// Words of the head of an entry, per version.
+const V1_HEAD_WORDS: usize = 2;
+const V2_HEAD_WORDS: usize = 4;
+
+/// A version 1 entry in its page. Having one tells you: the index was inside the table.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedV1<'a> {
+    page: &'a PageWords,
+    slot: usize,
+}
+
+impl<'a> SharedV1<'a> {
+    pub(crate) fn new(page: &'a PageWords, slot: usize) -> Self {
+        SharedV1 { page, slot }
+    }
+
+    fn head(&self) -> &'a AtomicU32 {
+        self.page.u32(self.slot * V1_HEAD_WORDS)
+    }
+
+    fn frame_word(&self) -> &'a AtomicU32 {
+        self.page.u32(self.slot * V1_HEAD_WORDS + 1)
+    }
+
+    /// One load of flags and grantee.
+    pub(crate) fn load_head(&self) -> EntryHead {
+        EntryHead::from_word(self.head().load(Ordering::Acquire))
+    }
+
+    /// Replaces the head if it still is `old`; otherwise what was found.
+    pub(crate) fn swap_head(&self, old: EntryHead, new: EntryHead) -> Result<(), EntryHead> {
+        self.head()
+            .compare_exchange(old.word(), new.word(), Ordering::AcqRel, Ordering::Acquire)
+            .map(drop)
+            .map_err(EntryHead::from_word)
+    }
+
+    /// Clears flags, and nothing else, in one step.
+    pub(crate) fn clear_flags(&self, flags: EntryFlags) {
+        self.head().fetch_and(!u32::from(flags.bits()), Ordering::Release);
+    }
+
+    /// Sets flags, and nothing else, after all earlier stores.
+    pub(crate) fn set_flags(&self, flags: EntryFlags) {
+        self.head().fetch_or(u32::from(flags.bits()), Ordering::Release);
+    }
+
+    pub(crate) fn load_frame(&self) -> u32 {
+        self.frame_word().load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn store_frame(&self, frame: u32) {
+        self.frame_word().store(frame, Ordering::Relaxed);
+    }
+
+    /// The whole entry, in one load.
+    pub(crate) fn load(&self) -> EntryV1 {
+        EntryV1::from_bytes(self.page.u64(self.slot).load(Ordering::Relaxed).to_le_bytes())
+    }
+
+    pub(crate) fn store(&self, entry: EntryV1) {
+        self.page
+            .u64(self.slot)
+            .store(u64::from_le_bytes(entry.to_bytes()), Ordering::Relaxed);
+    }
+}
+
+/// A version 2 entry and its status word. Having one tells you: the index was inside the table.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedV2<'a> {
+    page: &'a PageWords,
+    slot: usize,
+    status_page: &'a PageWords,
+    status_slot: usize,
+}
+
+impl<'a> SharedV2<'a> {
+    pub(crate) fn new(
+        page: &'a PageWords,
+        slot: usize,
+        status_page: &'a PageWords,
+        status_slot: usize,
+    ) -> Self {
+        SharedV2 {
+            page,
+            slot,
+            status_page,
+            status_slot,
+        }
+    }
+
+    fn head(&self) -> &'a AtomicU32 {
+        self.page.u32(self.slot * V2_HEAD_WORDS)
+    }
+
+    fn status(&self) -> &'a AtomicU16 {
+        self.status_page.u16(self.status_slot)
+    }
+
+    /// One load of flags and grantee.
+    pub(crate) fn load_head(&self) -> EntryHead {
+        EntryHead::from_word(self.head().load(Ordering::Acquire))
+    }
+
+    /// Marks the status word, then loads the head again, with a full barrier between: either the
+    /// granter sees the mark or this sees the granter's change (spec 4.1.2 steps 3 to 5).
+    pub(crate) fn mark_then_load_head(&self, mark: EntryFlags, between: impl FnOnce()) -> EntryHead {
+        self.status().fetch_or(mark.bits(), Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        between();
+        EntryHead::from_word(self.head().load(Ordering::SeqCst))
+    }
+
+    /// Clears bits of the status word, and nothing else, in one step.
+    pub(crate) fn clear_status(&self, flags: EntryFlags) {
+        self.status().fetch_and(!flags.bits(), Ordering::Release);
+    }
+
+    pub(crate) fn load_status(&self) -> EntryFlags {
+        EntryFlags::from_bits_retain(self.status().load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn store_status(&self, flags: EntryFlags) {
+        self.status().store(flags.bits(), Ordering::Relaxed);
+    }
+
+    /// Replaces the head if it still is `old`; otherwise what was found.
+    pub(crate) fn swap_head(&self, old: EntryHead, new: EntryHead) -> Result<(), EntryHead> {
+        self.head()
+            .compare_exchange(old.word(), new.word(), Ordering::AcqRel, Ordering::Acquire)
+            .map(drop)
+            .map_err(EntryHead::from_word)
+    }
+
+    /// Sets flags of the head, and nothing else, after all earlier stores.
+    pub(crate) fn set_flags(&self, flags: EntryFlags) {
+        self.head().fetch_or(u32::from(flags.bits()), Ordering::Release);
+    }
+
+    /// The frame, in one 64-bit load.
+    pub(crate) fn load_frame(&self) -> u64 {
+        self.page.u64(self.slot * 2 + 1).load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn store_frame(&self, frame: u64) {
+        self.page.u64(self.slot * 2 + 1).store(frame, Ordering::Relaxed);
+    }
+
+    /// Offset and length of a sub-page grant, or far domain and padding of a transitive one: one
+    /// 32-bit load.
+    pub(crate) fn load_halves(&self) -> (u16, u16) {
+        let [a, b, c, d] = self
+            .page
+            .u32(self.slot * V2_HEAD_WORDS + 1)
+            .load(Ordering::Relaxed)
+            .to_le_bytes();
+        (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]))
+    }
+
+    /// The whole entry. The guest can change it between the two loads; for entries that nobody
+    /// is judged by (swap, version change, observers).
+    pub(crate) fn load(&self) -> EntryV2 {
+        let low = self.page.u64(self.slot * 2).load(Ordering::Relaxed);
+        let all = u128::from(low) | u128::from(self.load_frame()) << 64;
+        EntryV2::from_bytes(all.to_le_bytes())
+    }
+
+    pub(crate) fn store(&self, entry: EntryV2) {
+        let [a, b, c, d, e, f, g, h, ..] = entry.to_bytes();
+        self.page
+            .u64(self.slot * 2)
+            .store(u64::from_le_bytes([a, b, c, d, e, f, g, h]), Ordering::Relaxed);
+        self.store_frame(entry.frame);
+    }
+}
