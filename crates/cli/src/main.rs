@@ -1,3 +1,47 @@
-//! The `gnttab` command.
+//! The `gnttab` command: what people type.
+//!
+//! Standard output is data, standard error is talk; exit code 0 done, 1 failed, 2 wrong use; every failure is one line that
+//! names what failed, on which object, why, and the next step.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod args;
+mod block;
+mod disk;
+mod failure;
+mod file;
+mod image;
+mod machine;
+mod nbd;
+mod output;
+mod place;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::args::{Cli, Command};
+use crate::failure::Failure;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let name = cli.command.name();
+    let json = cli.command.wants_json();
+    let outcome = match cli.command {
+        Command::Demo(_) => Err(Failure::new("demo: not there yet")),
+        Command::Disk(disk) => disk::main(&disk),
+        Command::Run(run) => run::main(&run),
+        Command::Dump(_) => Err(Failure::new("dump: not there yet")),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output::say(&format!("gnttab {name}: {failure}"));
+            if json {
+                output::json(name, serde_json::json!({ "error": failure.to_json() }));
+            }
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}

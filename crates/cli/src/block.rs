@@ -1,0 +1,113 @@
+//! What an export needs from a disk: requests go in, completions come out, many at a time.
+//!
+//! The NBD server stands on [`BlockDevice`] alone, so the same server runs over a plain file (the baseline to measure
+//! against) and over a blkif frontend whose disk lives in another domain.
+//!
+//! What must hold: a device answers every request that it took exactly once, whatever happens to whoever asked;
+//! a write that was answered is seen by every later read; a flush answered means that every write answered before
+//! the flush was submitted, on any queue of the device, survives a crash.
+
+use std::os::fd::BorrowedFd;
+
+/// What a disk is and can do. The same for every queue of one disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Geometry {
+    /// Bytes, a multiple of `block_size`.
+    pub(crate) size: u64,
+    /// Smallest unit of an access, in bytes; a power of two, 512 at least.
+    pub(crate) block_size: u32,
+    /// Size in bytes that suits the disk best for single accesses.
+    pub(crate) preferred_size: u32,
+    /// No writes, no discards.
+    pub(crate) read_only: bool,
+    /// Flush makes earlier answered writes durable. Without it there is nothing to flush.
+    pub(crate) flush: bool,
+    /// Discard is more than an error.
+    pub(crate) discard: bool,
+}
+
+/// What to do with the bytes `offset .. offset + length`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Operation {
+    /// Fill `data`.
+    Read,
+    /// Store `data`; with `fua` it is durable before the answer.
+    Write {
+        /// Durable before the answer.
+        fua: bool,
+    },
+    /// Make every write answered so far durable. Offset and length are 0.
+    Flush,
+    /// The content is not needed any more; afterwards it is anything.
+    Discard,
+    /// The content is zero afterwards.
+    WriteZeroes {
+        /// Durable before the answer.
+        fua: bool,
+        /// Keep the blocks allocated.
+        no_hole: bool,
+    },
+}
+
+/// One access. Whoever makes it has checked it against the [`Geometry`]: inside the disk, whole blocks, and nothing that
+/// changes a read-only disk.
+#[derive(Debug)]
+pub(crate) struct Request {
+    /// Chosen by whoever asks, given back in the completion.
+    pub(crate) tag: u64,
+    /// What to do.
+    pub(crate) operation: Operation,
+    /// First byte on the disk.
+    pub(crate) offset: u64,
+    /// How many bytes.
+    pub(crate) length: u32,
+    /// `length` bytes for a read (content irrelevant) and a write, empty otherwise.
+    pub(crate) data: Vec<u8>,
+}
+
+/// The answer to a [`Request`].
+#[derive(Debug)]
+pub(crate) struct Completion {
+    /// The request's.
+    pub(crate) tag: u64,
+    /// Whether it was done.
+    pub(crate) result: Result<(), DeviceError>,
+    /// The request's buffer, filled if it was a read that succeeded.
+    pub(crate) data: Vec<u8>,
+}
+
+/// Why a disk did not do what was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum DeviceError {
+    /// The medium or the way to it failed.
+    #[error("input/output error")]
+    Io,
+    /// The disk cannot do this operation.
+    #[error("operation not supported by the disk")]
+    Unsupported,
+    /// The place where the image lives is full.
+    #[error("no space left where the image lives")]
+    NoSpace,
+    /// The disk is going away.
+    #[error("the disk is shutting down")]
+    Shutdown,
+}
+
+/// One queue of a disk, owned by one thread.
+pub(crate) trait BlockDevice: Send {
+    /// What the disk is.
+    fn geometry(&self) -> Geometry;
+
+    /// Takes a request, or gives it back when the queue is full: it will fit after a completion.
+    fn submit(&mut self, request: Request) -> Result<(), Request>;
+
+    /// Tells the disk that no more requests follow for now; whatever was submitted must be under way afterwards.
+    fn kick(&mut self);
+
+    /// Adds what has been answered since the last call.
+    fn completions(&mut self, into: &mut Vec<Completion>);
+
+    /// Readable when [`completions`](Self::completions) may have something new. `None`: everything is answered by the
+    /// time [`kick`](Self::kick) returns.
+    fn event(&self) -> Option<BorrowedFd<'_>>;
+}

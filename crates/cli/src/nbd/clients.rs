@@ -1,0 +1,227 @@
+//! The server against clients that nobody here wrote.
+
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use super::connection::Export;
+use super::listener::{ListenError, Listener};
+use super::server::Server;
+use crate::block::BlockDevice as _;
+use crate::file::FileDevice;
+use crate::image::Image;
+
+/// A server of a generated image of 16 MiB in a folder of its own.
+struct Served {
+    folder: tempfile::TempDir,
+    image: Image,
+    server: Server,
+    uri: String,
+}
+
+impl Served {
+    fn new(queues: usize) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let image = Image::generate(16 << 20).unwrap();
+        let file = Arc::new(image.file().try_clone().unwrap());
+        let devices: Vec<FileDevice> = (0..queues)
+            .map(|_| FileDevice::new(Arc::clone(&file), image.size(), false))
+            .collect();
+        let export = Export {
+            name: "disk".to_owned(),
+            description: "a test".to_owned(),
+            geometry: devices[0].geometry(),
+        };
+        let listener = Listener::unix(&folder.path().join("a socket")).unwrap();
+        let uri = listener.to_string();
+        let server = Server::start(listener, export, devices).unwrap();
+        Served {
+            folder,
+            image,
+            server,
+            uri,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn content(&self) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(self.image.size()).unwrap()];
+        self.image.file().read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+}
+
+/// Whether a program is there; says so if not.
+fn have(program: &str) -> bool {
+    let found = Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok();
+    if !found {
+        eprintln!("skipped: {program} is not installed");
+    }
+    found
+}
+
+fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap();
+    let (out, err) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(output.status.success(), "{program} {args:?}\n{out}{err}");
+    out.into_owned()
+}
+
+#[test]
+fn qemu_img_finds_a_copy_identical() {
+    if !have("qemu-img") {
+        return;
+    }
+    let served = Served::new(2);
+    let copy = served.path("copy");
+    run(
+        "qemu-img",
+        &[
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            "raw",
+            &served.uri,
+            copy.to_str().unwrap(),
+        ],
+    );
+    assert_eq!(std::fs::read(&copy).unwrap(), served.content());
+    run(
+        "qemu-img",
+        &[
+            "compare",
+            "-f",
+            "raw",
+            "-F",
+            "raw",
+            &served.uri,
+            copy.to_str().unwrap(),
+        ],
+    );
+    let uri = served.uri.clone();
+    served.server.stop();
+    assert!(
+        !served.folder.path().join("a socket").exists(),
+        "{uri} is left behind"
+    );
+}
+
+#[test]
+fn qemu_io_reads_what_it_wrote_zeroed_and_discarded() {
+    if !have("qemu-io") {
+        return;
+    }
+    let served = Served::new(1);
+    let out = run(
+        "qemu-io",
+        &[
+            "-f",
+            "raw",
+            "-c",
+            "write -P 0xa5 1M 3M",
+            "-c",
+            "write -z 2M 64k",
+            "-c",
+            "write -z -u 5M 1M",
+            "-c",
+            "write -f -P 0x5a 512 512",
+            "-c",
+            "discard 8M 1M",
+            "-c",
+            "flush",
+            "-c",
+            "read -P 0xa5 1M 1M",
+            "-c",
+            "read -P 0 2M 64k",
+            "-c",
+            "read -P 0 5M 1M",
+            "-c",
+            "read -P 0x5a 512 512",
+            &served.uri,
+        ],
+    );
+    assert!(!out.contains("verification failed"), "{out}");
+    let content = served.content();
+    assert!(content[1 << 20..2 << 20].iter().all(|&byte| byte == 0xa5));
+    assert!(content[512..1024].iter().all(|&byte| byte == 0x5a));
+}
+
+#[test]
+fn nbdinfo_sees_what_the_disk_can_do() {
+    if !have("nbdinfo") {
+        return;
+    }
+    let served = Served::new(1);
+    let info: serde_json::Value = serde_json::from_str(&run("nbdinfo", &["--json", &served.uri])).unwrap();
+    let export = &info["exports"][0];
+    assert_eq!(export["export-size"], 16 << 20);
+    for ability in ["can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"] {
+        assert_eq!(export[ability], true, "{ability}");
+    }
+    assert_eq!(export["block_size_minimum"], 512);
+}
+
+#[test]
+fn a_socket_in_use_or_a_file_in_the_way_is_left_alone_and_a_dead_socket_is_taken_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let first = Listener::unix(&path).unwrap();
+    assert!(matches!(Listener::unix(&path), Err(ListenError::SocketBusy(_))));
+    drop(first);
+    assert!(!path.exists());
+    // Bound and closed without removing it: what a killed server leaves.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    drop(Listener::unix(&path).unwrap());
+    std::fs::write(&path, "precious").unwrap();
+    assert!(matches!(Listener::unix(&path), Err(ListenError::NotASocket(_))));
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    assert!(matches!(
+        Listener::unix(&folder.path().join("n".repeat(120))),
+        Err(ListenError::PathTooLong(_))
+    ));
+}
+
+#[test]
+fn a_client_that_is_cut_off_costs_nobody_else_anything() {
+    use std::io::{Read as _, Write as _};
+    let served = Served::new(1);
+    let path = served.path("a socket");
+    // The handshake in the old way, then a write of 512 bytes of which 3 come.
+    let mut stream = b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0".to_vec();
+    stream.extend(b"\x25\x60\x95\x13\0\0\0\x01a cookie\0\0\0\0\0\0\0\0\0\0\x02\0xyz");
+    for cut in [1, 4, 15, 30, 48, 51] {
+        let mut client = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        client.read_exact(&mut [0; 18]).unwrap();
+        client.write_all(&stream[..cut]).unwrap();
+    }
+    if have("qemu-img") {
+        run("qemu-img", &["info", &served.uri]);
+    }
+    let clients = || {
+        served
+            .server
+            .counters()
+            .clients
+            .load(std::sync::atomic::Ordering::Relaxed)
+    };
+    for _ in 0..200 {
+        if clients() == 0 {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    panic!("{} clients are still counted", clients());
+}

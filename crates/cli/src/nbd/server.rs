@@ -1,0 +1,465 @@
+//! The sockets and threads around [`Connection`]: one thread for each queue of the disk, which owns the queue and the
+//! connections that were given to it, and one that lets clients in.
+//!
+//! A worker sleeps in one `poll` over its clients, its queue's event and its mailbox; on the way from a client's request
+//! to the disk and back no other thread is woken.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+
+use super::connection::{Connection, Export};
+use super::listener::{Listener, Stream};
+use crate::block::{BlockDevice, Completion, Operation, Request};
+
+/// Clients at a time, over all queues; the next one is turned away by closing its connection.
+const MAX_CLIENTS: usize = 32;
+
+/// How long a stop waits for requests under way and for clients to take their answers.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the server has done so far. Read at any time without stopping it.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    /// Clients connected now.
+    pub(crate) clients: AtomicUsize,
+    /// Reads answered.
+    pub(crate) reads: AtomicU64,
+    /// Writes and zeroings answered.
+    pub(crate) writes: AtomicU64,
+    /// Flushes answered.
+    pub(crate) flushes: AtomicU64,
+    /// Discards answered.
+    pub(crate) discards: AtomicU64,
+    /// Bytes read.
+    pub(crate) bytes_read: AtomicU64,
+    /// Bytes written or zeroed.
+    pub(crate) bytes_written: AtomicU64,
+    /// Requests the disk failed.
+    pub(crate) errors: AtomicU64,
+}
+
+impl Counters {
+    fn count(&self, operation: Operation, length: u32, ok: bool) {
+        if !ok {
+            self.errors.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let (count, bytes) = match operation {
+            Operation::Read => (&self.reads, Some(&self.bytes_read)),
+            Operation::Write { .. } | Operation::WriteZeroes { .. } => {
+                (&self.writes, Some(&self.bytes_written))
+            }
+            Operation::Flush => (&self.flushes, None),
+            Operation::Discard => (&self.discards, None),
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+        if let Some(bytes) = bytes {
+            bytes.fetch_add(u64::from(length), Ordering::Relaxed);
+        }
+    }
+}
+
+/// A running server. [`stop`](Server::stop) it; dropping it stops it too.
+#[derive(Debug)]
+pub(crate) struct Server {
+    counters: Arc<Counters>,
+    stop: Arc<OwnedFd>,
+    acceptor: Option<JoinHandle<Listener>>,
+}
+
+impl Server {
+    /// Serves one disk whose queues are `devices` (one at least) to whoever connects to `listener`.
+    pub(crate) fn start<D: BlockDevice + 'static>(
+        listener: Listener,
+        export: Export,
+        devices: Vec<D>,
+    ) -> io::Result<Self> {
+        let counters = Arc::new(Counters::default());
+        let stop = Arc::new(bell()?);
+        let export = Arc::new(export);
+        let mut workers = Vec::new();
+        for (index, device) in devices.into_iter().enumerate() {
+            let bell = Arc::new(bell()?);
+            let (mail, mailbox) = mpsc::channel();
+            let load = Arc::new(AtomicUsize::new(0));
+            let worker = Worker {
+                device,
+                export: Arc::clone(&export),
+                counters: Arc::clone(&counters),
+                load: Arc::clone(&load),
+                bell: Arc::clone(&bell),
+                mailbox,
+                clients: Vec::new(),
+                next_id: 0,
+                waiting: None,
+            };
+            let thread = thread::Builder::new()
+                .name(format!("queue {index}"))
+                .spawn(move || worker.run())?;
+            workers.push(WorkerHandle {
+                mail: Some(mail),
+                bell,
+                load,
+                thread: Some(thread),
+            });
+        }
+        let acceptor = Acceptor {
+            listener,
+            workers,
+            counters: Arc::clone(&counters),
+            stop: Arc::clone(&stop),
+        };
+        let acceptor = thread::Builder::new()
+            .name("accept".to_owned())
+            .spawn(move || acceptor.run())?;
+        Ok(Server {
+            counters,
+            stop,
+            acceptor: Some(acceptor),
+        })
+    }
+
+    /// What the server has done so far.
+    pub(crate) fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// Lets nobody in any more, finishes what is under way (for some seconds at most), and ends.
+    pub(crate) fn stop(mut self) {
+        self.shut_down();
+    }
+
+    fn shut_down(&mut self) {
+        if let Some(acceptor) = self.acceptor.take() {
+            ring(&self.stop);
+            // A thread that panicked has said so itself.
+            let _ = acceptor.join();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shut_down();
+    }
+}
+
+/// An eventfd that wakes a thread.
+fn bell() -> io::Result<OwnedFd> {
+    Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
+}
+
+fn ring(bell: &OwnedFd) {
+    // It can only fail when the counter is full, and then the thread is being woken.
+    let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
+}
+
+fn hush(bell: &OwnedFd) {
+    // It can only fail when nobody rang.
+    let _ = rustix::io::read(bell, &mut [0; 8]);
+}
+
+struct WorkerHandle {
+    /// Dropped to end the worker.
+    mail: Option<mpsc::Sender<Stream>>,
+    bell: Arc<OwnedFd>,
+    /// How many clients it has.
+    load: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        self.mail = None;
+        ring(&self.bell);
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has said so itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Acceptor {
+    listener: Listener,
+    workers: Vec<WorkerHandle>,
+    counters: Arc<Counters>,
+    stop: Arc<OwnedFd>,
+}
+
+impl Acceptor {
+    fn run(mut self) -> Listener {
+        loop {
+            let mut wait = [
+                PollFd::new(&*self.stop, PollFlags::IN),
+                PollFd::new(&self.listener, PollFlags::IN),
+            ];
+            match poll(&mut wait, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(_) => break,
+            }
+            if !wait[0].revents().is_empty() {
+                break;
+            }
+            match self.listener.accept() {
+                Ok(stream) => self.admit(stream),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // Out of descriptors or memory, or the client is gone again: the next one may fare better.
+                Err(_) => thread::sleep(Duration::from_millis(10)),
+            }
+        }
+        // All at once, so that they finish side by side; then each is waited for.
+        for worker in &mut self.workers {
+            worker.mail = None;
+            ring(&worker.bell);
+        }
+        self.workers.clear();
+        self.listener
+    }
+
+    fn admit(&self, stream: Stream) {
+        let clients = &self.counters.clients;
+        if clients.load(Ordering::Relaxed) >= MAX_CLIENTS {
+            return;
+        }
+        let least = self
+            .workers
+            .iter()
+            .min_by_key(|worker| worker.load.load(Ordering::Relaxed));
+        let Some(worker) = least else { return };
+        let Some(mail) = &worker.mail else { return };
+        clients.fetch_add(1, Ordering::Relaxed);
+        worker.load.fetch_add(1, Ordering::Relaxed);
+        if mail.send(stream).is_err() {
+            clients.fetch_sub(1, Ordering::Relaxed);
+            worker.load.fetch_sub(1, Ordering::Relaxed);
+        }
+        ring(&worker.bell);
+    }
+}
+
+struct Client {
+    id: u32,
+    stream: Stream,
+    connection: Connection,
+    /// Operation and length by tag, for the counters.
+    requests: Box<[(Operation, u32)]>,
+}
+
+struct Worker<D> {
+    device: D,
+    export: Arc<Export>,
+    counters: Arc<Counters>,
+    load: Arc<AtomicUsize>,
+    bell: Arc<OwnedFd>,
+    mailbox: mpsc::Receiver<Stream>,
+    clients: Vec<Client>,
+    next_id: u32,
+    /// A request that the full queue gave back.
+    waiting: Option<Request>,
+}
+
+impl<D: BlockDevice> Worker<D> {
+    fn run(mut self) {
+        let mut open = true;
+        let mut deadline = None;
+        loop {
+            if open && !self.take_mail() {
+                open = false;
+                deadline = Some(Instant::now() + STOP_PATIENCE);
+                for client in &mut self.clients {
+                    client.connection.drain();
+                }
+            }
+            self.work();
+            self.bury();
+            let patience = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if !open && (self.clients.is_empty() || patience.is_some_and(|left| left.is_zero())) {
+                return;
+            }
+            if let Err(error) = self.sleep(patience) {
+                eprintln!("gnttab: nbd queue stopped: poll: {error}");
+                return;
+            }
+        }
+    }
+
+    /// New clients; `false` when no more will come.
+    fn take_mail(&mut self) -> bool {
+        loop {
+            match self.mailbox.try_recv() {
+                Ok(stream) => {
+                    self.next_id = self.next_id.wrapping_add(1);
+                    self.clients.push(Client {
+                        id: self.next_id,
+                        stream,
+                        connection: Connection::new(Arc::clone(&self.export)),
+                        requests: vec![(Operation::Flush, 0); Connection::MAX_IN_FLIGHT].into(),
+                    });
+                }
+                Err(mpsc::TryRecvError::Empty) => return true,
+                Err(mpsc::TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    /// Moves everything that can move: requests in, completions out, answers sent.
+    fn work(&mut self) {
+        let mut completions = Vec::new();
+        loop {
+            let submitted = self.submit();
+            self.device.kick();
+            self.device.completions(&mut completions);
+            let completed = !completions.is_empty();
+            for completion in completions.drain(..) {
+                self.complete(completion);
+            }
+            for client in &mut self.clients {
+                client.send();
+            }
+            if !submitted && !completed {
+                return;
+            }
+        }
+    }
+
+    /// Gives the disk what clients ask for, until they ask for nothing more or the queue is full.
+    fn submit(&mut self) -> bool {
+        let mut any = false;
+        if let Some(request) = self.waiting.take() {
+            match self.device.submit(request) {
+                Ok(()) => any = true,
+                Err(request) => {
+                    self.waiting = Some(request);
+                    return false;
+                }
+            }
+        }
+        for client in &mut self.clients {
+            while let Some(mut request) = client.connection.next_request() {
+                if let Some(slot) = usize::try_from(request.tag)
+                    .ok()
+                    .and_then(|tag| client.requests.get_mut(tag))
+                {
+                    *slot = (request.operation, request.length);
+                }
+                request.tag |= u64::from(client.id) << 32;
+                if let Err(request) = self.device.submit(request) {
+                    self.waiting = Some(request);
+                    return any;
+                }
+                any = true;
+            }
+        }
+        // Whoever was first this time is last the next time, so that a full queue starves nobody.
+        if self.clients.len() > 1 {
+            self.clients.rotate_left(1);
+        }
+        any
+    }
+
+    fn complete(&mut self, mut completion: Completion) {
+        let id = completion.tag >> 32;
+        completion.tag &= 0xffff_ffff;
+        let Some(client) = self.clients.iter_mut().find(|client| u64::from(client.id) == id) else {
+            return;
+        };
+        let asked = usize::try_from(completion.tag)
+            .ok()
+            .and_then(|tag| client.requests.get(tag));
+        if let Some(&(operation, length)) = asked {
+            self.counters.count(operation, length, completion.result.is_ok());
+        }
+        client.connection.complete(completion);
+    }
+
+    /// Drops the clients that are done.
+    fn bury(&mut self) {
+        let before = self.clients.len();
+        self.clients.retain(|client| !client.connection.is_finished());
+        let gone = before - self.clients.len();
+        self.load.fetch_sub(gone, Ordering::Relaxed);
+        self.counters.clients.fetch_sub(gone, Ordering::Relaxed);
+    }
+
+    /// Waits until something can move, and reads what clients have sent.
+    fn sleep(&mut self, patience: Option<Duration>) -> io::Result<()> {
+        let mut wait = vec![PollFd::from_borrowed_fd(self.bell.as_fd(), PollFlags::IN)];
+        if let Some(event) = self.device.event() {
+            wait.push(PollFd::from_borrowed_fd(event, PollFlags::IN));
+        }
+        let first_client = wait.len();
+        let mut polled = Vec::new();
+        for (index, client) in self.clients.iter_mut().enumerate() {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::IN, client.connection.input().is_some());
+            flags.set(PollFlags::OUT, client.connection.has_output());
+            // One that waits for the disk only is left out: its hang-up would wake us again and again.
+            if !flags.is_empty() {
+                wait.push(PollFd::from_borrowed_fd(client.stream.as_fd(), flags));
+                polled.push(index);
+            }
+        }
+        let timeout = patience.and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut wait, timeout.as_ref()) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        let rung = !wait[0].revents().is_empty();
+        let ready: Vec<PollFlags> = wait[first_client..].iter().map(PollFd::revents).collect();
+        if rung {
+            hush(&self.bell);
+        }
+        for (index, ready) in polled.into_iter().zip(ready) {
+            let client = &mut self.clients[index];
+            if ready.intersects(PollFlags::IN) {
+                client.receive();
+            } else if ready.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
+                client.connection.hang_up();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Client {
+    /// Reads once what has arrived: a client that sends without end must not keep the others waiting.
+    fn receive(&mut self) {
+        let Some(room) = self.connection.input() else {
+            return;
+        };
+        match self.stream.read(room) {
+            Ok(0) => self.connection.hang_up(),
+            Ok(count) => self.connection.received(count),
+            Err(error) if is_passing(&error) => {}
+            Err(_) => self.connection.hang_up(),
+        }
+    }
+
+    fn send(&mut self) {
+        while self.connection.has_output() {
+            let slices = self.connection.output();
+            match self.stream.write(&slices) {
+                Ok(0) => return self.connection.hang_up(),
+                Ok(count) => self.connection.sent(count),
+                Err(error) if is_passing(&error) => return,
+                Err(_) => return self.connection.hang_up(),
+            }
+        }
+    }
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}
