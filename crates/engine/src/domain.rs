@@ -3,7 +3,7 @@
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use gnttab_abi::{DomId, GrantStatus, Mfn, Op};
 use spin::Mutex;
@@ -205,6 +205,10 @@ pub struct Domain<H: Hypervisor> {
     limits: Limits,
     private: H::Domain,
     dying: AtomicBool,
+    /// The hypervisor has given up its memory; it goes with the last use of its entries.
+    pub(crate) retire: AtomicBool,
+    /// Handles from here up have been released by teardown.
+    pub(crate) teardown_at: AtomicU32,
     pub(crate) table: Table<H::TablePage>,
     pub(crate) maptrack: Maptrack,
     /// Read-only and writable records by frame, for domains whose I/O MMU follows (spec 4.6).
@@ -313,6 +317,8 @@ impl<H: Hypervisor> Domain<H> {
             limits,
             private,
             dying: AtomicBool::new(false),
+            retire: AtomicBool::new(false),
+            teardown_at: AtomicU32::new(u32::MAX),
             table,
             maptrack: Maptrack::new(maptrack, limits.vcpus),
             iommu: Mutex::new(BTreeMap::new()),

@@ -9,7 +9,8 @@
 //!    frame's memory alive until [`Hypervisor::put_frame`], whatever its owner does.
 //! 2. [`Hypervisor::map_host`] and [`Hypervisor::unmap_host`] either do the whole job or nothing,
 //!    but for what their documentation names.
-//! 3. No method calls back into the engine, and none waits for another domain.
+//! 3. References and types of an I/O frame are not counted: dropping one does nothing.
+//! 4. No method calls back into the engine, and none waits for another domain.
 
 use gnttab_abi::{CacheOp, DomId, EntryFlags, Errno, Gfn, MapFlags, Mfn};
 

@@ -30,7 +30,8 @@ unsafe impl<T: Send + Sync, const F: usize, const S: usize> Sync for Segments<T,
 
 impl<T, const FIRST: usize, const SEGMENTS: usize> Segments<T, FIRST, SEGMENTS> {
     /// Elements that the array can ever hold.
-    pub(crate) const LIMIT: usize = FIRST * ((1 << SEGMENTS) - 1);
+    #[cfg(test)]
+    const LIMIT: usize = FIRST * ((1 << SEGMENTS) - 1);
 
     pub(crate) const fn new() -> Self {
         const { assert!(FIRST.is_power_of_two()) };

@@ -251,7 +251,6 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
 /// and the version is the one that `shared` says.
 #[derive(Clone, Copy)]
 pub(crate) struct Entry<'a> {
-    pub(crate) gref: GrantRef,
     pub(crate) active: &'a Active,
     pub(crate) shared: SharedEntry<'a>,
     extra: Option<&'a AtomicU64>,
@@ -283,6 +282,14 @@ impl SharedEntry<'_> {
         match self {
             SharedEntry::V1(entry) => entry.load_head(),
             SharedEntry::V2(entry) => entry.load_head(),
+        }
+    }
+
+    /// Replaces the head if it still is `old`; otherwise what was found.
+    pub(crate) fn swap_head(&self, old: EntryHead, new: EntryHead) -> Result<(), EntryHead> {
+        match self {
+            SharedEntry::V1(entry) => entry.swap_head(old, new),
+            SharedEntry::V2(entry) => entry.swap_head(old, new),
         }
     }
 

@@ -1,0 +1,611 @@
+//! `copy` (spec 5).
+//!
+//! The checks of an item, in order: by-frame sides must say `DOMID_SELF`, then that domain must
+//! exist, source before destination; policy; the source's claim; the destination's claim and page
+//! type; both ranges within a page; the source's granted range; the destination's.
+//!
+//! Between items of one call the claims of both sides are kept as long as they are for the same
+//! thing. What must always hold:
+//! 1. A kept claim is keyed by domains as written, by kind, and by reference or frame (D-1, D-3).
+//! 2. A claim by grant is one pin and one page reference; the pin goes first (CPY-6).
+//! 3. The frame whose bytes move is the one that was referenced and typed (CPY-1).
+
+use alloc::sync::Arc;
+use core::sync::atomic::Ordering;
+
+use gnttab_abi::{
+    Copy, CopyFlags, CopyPtr, DomId, EntryFlags, EntryType, Gfn, GrantRef, GrantStatus, Mfn, Op, PAGE_SIZE,
+};
+
+use crate::active::{Extra, Pins, State, UseKind};
+use crate::claim::{Wanted, begin_use, end_use, marks_to_clear};
+use crate::domain::{Domain, Reference, Vcpu, Version};
+use crate::engine::Processor;
+use crate::hypervisor::{Access, FrameOwner, Hook, Hypervisor};
+use crate::map::{status_of, unpin};
+use crate::table::{Entry, SharedEntry};
+
+/// Times that a transitive item starts over when its entry changes underneath, before it fails
+/// with *general_error* (D-4). Each restart needs the granter to interfere once more.
+const RESTARTS: u32 = 64;
+
+/// A claimed side. Having one tells you: the frame is referenced (and typed writable, for a
+/// destination), and the range may be used until it is released.
+#[derive(Debug)]
+struct Buffer {
+    key: Key,
+    mfn: Mfn,
+    /// First usable byte, and the one behind the last.
+    start: u32,
+    end: u32,
+    typed: bool,
+}
+
+/// What a kept buffer was claimed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Key {
+    Grant(DomId, GrantRef),
+    Frame(u64),
+}
+
+/// What a call keeps from one item to the next.
+pub(crate) struct Run<H: Hypervisor> {
+    /// The pair of domains as written in the item, and who they are.
+    pair: Option<Pair<H>>,
+    source: Option<Buffer>,
+    dest: Option<Buffer>,
+}
+
+/// Source and destination domain: as written, and who they are.
+type Pair<H> = ((DomId, DomId), Arc<Domain<H>>, Arc<Domain<H>>);
+
+impl<H: Hypervisor> Run<H> {
+    pub(crate) fn new() -> Run<H> {
+        Run {
+            pair: None,
+            source: None,
+            dest: None,
+        }
+    }
+}
+
+/// The item has to start over: the granter changed the entry while it was let go.
+struct Restart;
+
+/// A use of an entry by grant.
+struct Grip {
+    mfn: Mfn,
+    start: u32,
+    end: u32,
+}
+
+fn pins_of(access: Access) -> Pins {
+    match access {
+        Access::Read => Pins::HOST_READ,
+        Access::Write => Pins::HOST_WRITE,
+    }
+}
+
+impl<H: Hypervisor> Processor<'_, H> {
+    /// Copies bytes through grants, item after item. Every item's `status` is written; bytes move
+    /// only for *okay*.
+    pub fn copy(&mut self, vcpu: &Vcpu<H>, items: &mut [Copy]) {
+        let mut run = Run::new();
+        for item in items {
+            item.status = self.copy_item(vcpu, &mut run, item);
+        }
+        self.end_copy(&mut run);
+    }
+
+    /// One item, with what the call has kept so far.
+    pub(crate) fn copy_item(&mut self, vcpu: &Vcpu<H>, run: &mut Run<H>, item: &Copy) -> GrantStatus {
+        vcpu.counters().operation(Op::Copy);
+        let status = match self.copy_one(vcpu, run, item) {
+            Ok(()) => GrantStatus::OKAY,
+            Err(status) => {
+                self.drop_buffers(run);
+                status
+            }
+        };
+        vcpu.counters().status(status);
+        status
+    }
+
+    /// Releases what a call has kept; before it ends, is restarted, or fails.
+    pub(crate) fn end_copy(&mut self, run: &mut Run<H>) {
+        self.drop_buffers(run);
+        run.pair = None;
+    }
+
+    fn copy_one(&mut self, vcpu: &Vcpu<H>, run: &mut Run<H>, item: &Copy) -> Result<(), GrantStatus> {
+        let engine = self.engine;
+        let caller = &vcpu.domain;
+        // 0
+        if item.len == 0 && engine.config.reference == Reference::Head {
+            return Ok(());
+        }
+        // 1
+        if let Err(status) = self.copy_domains(caller, run, item) {
+            self.end_copy(run);
+            return Err(status);
+        }
+        // 2, 3
+        let by_grant = |flag| item.flags.contains(flag);
+        let source = self.keep_or_claim(
+            caller,
+            run.source.take(),
+            &item.source,
+            by_grant(CopyFlags::SOURCE_GREF),
+            Access::Read,
+        )?;
+        let source = run.source.insert(source);
+        let (from, source_range) = (source.mfn, (source.start, source.end));
+        let dest = self.keep_or_claim(
+            caller,
+            run.dest.take(),
+            &item.dest,
+            by_grant(CopyFlags::DEST_GREF),
+            Access::Write,
+        )?;
+        let dest = run.dest.insert(dest);
+        // 4
+        let len = u32::from(item.len);
+        let end = |side: &CopyPtr| u32::from(side.offset) + len;
+        let page = u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX);
+        if end(&item.source) > page || end(&item.dest) > page {
+            return Err(GrantStatus::BAD_COPY_ARG);
+        }
+        // 5, 6
+        let within = |side: &CopyPtr, (first, last)| u32::from(side.offset) >= first && end(side) <= last;
+        if !within(&item.source, source_range) || !within(&item.dest, (dest.start, dest.end)) {
+            return Err(GrantStatus::GENERAL_ERROR);
+        }
+        // 7
+        engine.hv.hook(Hook::CopyMapped);
+        engine
+            .hv
+            .copy((from, item.source.offset), (dest.mfn, item.dest.offset), item.len);
+        if let Some((_, _, owner)) = &run.pair {
+            engine.hv.mark_dirty(owner.private(), dest.mfn);
+        }
+        Ok(())
+    }
+
+    /// Step 1: both domains, and whether the policy lets bytes go from one to the other. The
+    /// by-frame rule is checked for every item, whatever is kept (D-1).
+    fn copy_domains(
+        &mut self,
+        caller: &Arc<Domain<H>>,
+        run: &mut Run<H>,
+        item: &Copy,
+    ) -> Result<(), GrantStatus> {
+        let pair = (item.source.domid, item.dest.domid);
+        if run.pair.as_ref().is_some_and(|kept| kept.0 != pair) {
+            self.end_copy(run);
+        }
+        let by_frame = |side: &CopyPtr, flag| !item.flags.contains(flag) && side.domid != DomId::SELF;
+        let kept = run.pair.is_some();
+        if by_frame(&item.source, CopyFlags::SOURCE_GREF) {
+            return Err(GrantStatus::PERMISSION_DENIED);
+        }
+        let source = if kept {
+            None
+        } else {
+            Some(self.copy_domain(caller, pair.0)?)
+        };
+        if by_frame(&item.dest, CopyFlags::DEST_GREF) {
+            return Err(GrantStatus::PERMISSION_DENIED);
+        }
+        let Some(source) = source else { return Ok(()) };
+        let dest = self.copy_domain(caller, pair.1)?;
+        if !self.engine.hv.may_copy(source.private(), dest.private()) {
+            return Err(GrantStatus::PERMISSION_DENIED);
+        }
+        run.pair = Some((pair, source, dest));
+        Ok(())
+    }
+
+    fn copy_domain(&mut self, caller: &Arc<Domain<H>>, id: DomId) -> Result<Arc<Domain<H>>, GrantStatus> {
+        if id == DomId::SELF || id == caller.id() {
+            return Ok(Arc::clone(caller));
+        }
+        self.hold(id).ok_or(GrantStatus::BAD_DOMAIN)
+    }
+
+    /// Steps 2 and 3: the kept buffer if it is for the same thing, else a new claim (spec 5.3).
+    fn keep_or_claim(
+        &mut self,
+        caller: &Arc<Domain<H>>,
+        kept: Option<Buffer>,
+        side: &CopyPtr,
+        by_grant: bool,
+        access: Access,
+    ) -> Result<Buffer, GrantStatus> {
+        let hv = &self.engine.hv;
+        let domid = if side.domid == DomId::SELF {
+            caller.id()
+        } else {
+            side.domid
+        };
+        let key = if by_grant {
+            Key::Grant(domid, side.gref())
+        } else {
+            Key::Frame(side.u)
+        };
+        if let Some(kept) = kept {
+            if kept.key == key {
+                return Ok(kept);
+            }
+            self.drop_buffer(&kept, access);
+        }
+        let mut buffer = match key {
+            Key::Grant(domid, gref) => {
+                let grip = self.acquire(domid, gref, caller.id(), access, true)?;
+                Buffer {
+                    key,
+                    mfn: grip.mfn,
+                    start: grip.start,
+                    end: grip.end,
+                    typed: false,
+                }
+            }
+            Key::Frame(gmfn) => {
+                let resolved = hv
+                    .resolve(caller.private(), Gfn(gmfn), access)
+                    .map_err(status_of)?;
+                Buffer {
+                    key,
+                    mfn: resolved.mfn,
+                    start: 0,
+                    end: WHOLE.1,
+                    typed: false,
+                }
+            }
+        };
+        if access == Access::Write {
+            buffer.typed = hv.get_writable(buffer.mfn);
+            if !buffer.typed {
+                self.drop_buffer(&buffer, access);
+                return Err(GrantStatus::GENERAL_ERROR);
+            }
+        }
+        Ok(buffer)
+    }
+
+    fn drop_buffers(&mut self, run: &mut Run<H>) {
+        if let Some(buffer) = run.source.take() {
+            self.drop_buffer(&buffer, Access::Read);
+        }
+        if let Some(buffer) = run.dest.take() {
+            self.drop_buffer(&buffer, Access::Write);
+        }
+    }
+
+    fn drop_buffer(&mut self, buffer: &Buffer, access: Access) {
+        if let Key::Grant(granter, gref) = buffer.key {
+            self.release(granter, gref, access);
+        }
+        if buffer.typed {
+            self.engine.hv.put_writable(buffer.mfn);
+        }
+        self.engine.hv.put_frame(buffer.mfn);
+    }
+
+    /// Acquires a use of an entry by grant: one pin in it, and one reference on the frame (spec
+    /// 5.4). `user` must be the grantee; `transitive` says whether a far grant may be followed.
+    fn acquire(
+        &mut self,
+        granter: DomId,
+        gref: GrantRef,
+        user: DomId,
+        access: Access,
+        transitive: bool,
+    ) -> Result<Grip, GrantStatus> {
+        for _ in 0..RESTARTS {
+            if let Ok(grip) = self.acquire_once(granter, gref, user, access, transitive)? {
+                return Ok(grip);
+            }
+        }
+        Err(GrantStatus::GENERAL_ERROR)
+    }
+
+    fn acquire_once(
+        &mut self,
+        granter: DomId,
+        gref: GrantRef,
+        user: DomId,
+        access: Access,
+        transitive: bool,
+    ) -> Result<Result<Grip, Restart>, GrantStatus> {
+        let engine = self.engine;
+        let hv = &engine.hv;
+        let domain = self.enter(granter).ok_or(GrantStatus::BAD_DOMAIN)?;
+        let view = domain.table.view();
+        // 1
+        let entry = view.entry(gref).ok_or(GrantStatus::BAD_GNTREF)?;
+        let wanted = pins_of(access);
+        loop {
+            // 2
+            let state = entry.active.load();
+            let pinned = state.is_pinned();
+            if pinned && (state.grantee() != user || state.is_full_for(wanted)) {
+                return Err(GrantStatus::GENERAL_ERROR);
+            }
+            let sufficient = pinned && (access == Access::Read || state.is_write_pinned());
+            // 3
+            if view.version() == Version::V2 && entry.shared.load_head().flags.kind() == EntryType::Transitive
+            {
+                // 7a
+                if !sufficient {
+                    let Some(_claim) = entry.active.claim(state) else {
+                        continue;
+                    };
+                    begin_use(hv, &entry.shared, pinned, user, access, Wanted::Transitive)
+                        .map_err(|_| GrantStatus::GENERAL_ERROR)?;
+                }
+                // 7b
+                let allowed = transitive && engine.config.transitive && domain.limits().transitive;
+                let far = far_of(&entry);
+                // 7c
+                if !allowed || far.0 == granter {
+                    end_attempt(&entry, state, access);
+                    return Err(GrantStatus::GENERAL_ERROR);
+                }
+                domain.table.v2_ops.fetch_add(1, Ordering::SeqCst);
+                drop(domain);
+                return self.acquire_far(granter, gref, user, access, state, far);
+            }
+            // 5
+            if sufficient {
+                if !entry.active.add_pins(state, wanted) {
+                    continue;
+                }
+                let mfn = entry.active.mfn();
+                let owner = hv.get_frame(mfn);
+                if owner == Some(FrameOwner::Domain(granter)) && !domain.is_dying() {
+                    let (start, end) = range_of(&entry, state);
+                    return Ok(Ok(Grip { mfn, start, end }));
+                }
+                unpin(&entry, wanted, access);
+                if owner.is_some() {
+                    hv.put_frame(mfn);
+                }
+                return Err(GrantStatus::BAD_DOMAIN);
+            }
+            // 4
+            let Some(claim) = entry.active.claim(state) else {
+                continue;
+            };
+            let head = begin_use(hv, &entry.shared, pinned, user, access, Wanted::Permit)
+                .map_err(|_| GrantStatus::GENERAL_ERROR)?;
+            let part = sub_page_of(&entry, head.flags);
+            let resolved = match hv.resolve(domain.private(), Gfn(entry.shared.load_frame()), access) {
+                Ok(resolved) => resolved,
+                Err(error) => {
+                    end_use(&entry.shared, state, access);
+                    return Err(status_of(error));
+                }
+            };
+            if pinned {
+                let same = resolved.mfn == entry.active.mfn()
+                    && !state.is_transitive()
+                    && (!state.is_partial() || part == Some(entry.extra()));
+                if !same {
+                    end_use(&entry.shared, state, access);
+                    drop(claim);
+                    hv.put_frame(resolved.mfn);
+                    return Err(GrantStatus::GENERAL_ERROR);
+                }
+                let (start, end) = range_of(&entry, state);
+                claim.publish_more(wanted);
+                return Ok(Ok(Grip {
+                    mfn: resolved.mfn,
+                    start,
+                    end,
+                }));
+            }
+            let kind = if part.is_some() {
+                UseKind::SubPage
+            } else {
+                UseKind::Whole
+            };
+            if let Some(part) = part {
+                entry.set_extra(part);
+                domain.table.v2_ops.fetch_add(1, Ordering::SeqCst);
+            }
+            let first = State::first(user, kind, wanted);
+            let (start, end) = range_of(&entry, first);
+            claim.publish_first(resolved.mfn, first);
+            return Ok(Ok(Grip {
+                mfn: resolved.mfn,
+                start,
+                end,
+            }));
+        }
+    }
+
+    /// Steps 7d to 7g: the far grant is acquired for the near granter, with the near table let go,
+    /// and the near entry is pinned if it still is what it was.
+    fn acquire_far(
+        &mut self,
+        granter: DomId,
+        gref: GrantRef,
+        user: DomId,
+        access: Access,
+        seen: State,
+        far: (DomId, GrantRef),
+    ) -> Result<Result<Grip, Restart>, GrantStatus> {
+        let engine = self.engine;
+        let hv = &engine.hv;
+        hv.hook(Hook::CopyUnlocked);
+        // 7d, 7e
+        let inner = if self.enter(far.0).is_none() {
+            Err(GrantStatus::GENERAL_ERROR)
+        } else {
+            self.acquire(far.0, far.1, granter, access, false)
+        };
+        hv.hook(Hook::CopyBack);
+        // 7f
+        let Some(domain) = self.enter(granter) else {
+            if let Ok(inner) = inner {
+                self.release_far(far, access, inner.mfn);
+            }
+            return Err(GrantStatus::BAD_DOMAIN);
+        };
+        let entry = domain.table.view().entry(gref).ok_or(GrantStatus::BAD_GNTREF);
+        let settled = match (&entry, &inner) {
+            (Err(status), _) => Err(*status),
+            (Ok(entry), Err(status)) => {
+                end_attempt(entry, seen, access);
+                Err(*status)
+            }
+            (Ok(entry), Ok(inner)) => Ok(pin_far(hv, entry, user, access, seen, far, inner.mfn)),
+        };
+        // The first use keeps the count up for as long as it lasts (spec 2.4).
+        if !matches!(settled, Ok(Ok(()))) || seen.is_pinned() {
+            domain.table.v2_ops.fetch_sub(1, Ordering::SeqCst);
+        }
+        drop(domain);
+        match (settled, inner) {
+            (Ok(Ok(())), Ok(inner)) => Ok(Ok(inner)),
+            (Err(status), Err(_)) => Err(status),
+            (settled, inner) => {
+                if let Ok(inner) = inner {
+                    self.release_far(far, access, inner.mfn);
+                }
+                settled.map(|restart| Err(restart.err().unwrap_or(Restart)))
+            }
+        }
+    }
+
+    fn release_far(&mut self, far: (DomId, GrantRef), access: Access, mfn: Mfn) {
+        self.release(far.0, far.1, access);
+        self.engine.hv.put_frame(mfn);
+    }
+
+    /// Ends a use by grant (spec 5.5), and that of the far grant behind a transitive one.
+    fn release(&mut self, granter: DomId, gref: GrantRef, access: Access) {
+        let engine = self.engine;
+        let Some(domain) = self.enter(granter) else { return };
+        let Some(entry) = domain.table.view().entry(gref) else {
+            return;
+        };
+        // A pin of the caller's own is left: what the state says besides the pins is fixed.
+        let state = entry.active.load();
+        let far = state.is_transitive().then(|| entry.extra().far());
+        if access == Access::Write {
+            engine.hv.mark_dirty(domain.private(), entry.active.mfn());
+        }
+        let v2_ops = &domain.table.v2_ops;
+        entry.active.drop_pins(
+            pins_of(access),
+            |left| (state.is_partial() && !left.is_pinned()) || !marks_to_clear(left, access).is_empty(),
+            |left| {
+                end_use(&entry.shared, left, access);
+                if state.is_partial() && !left.is_pinned() {
+                    v2_ops.fetch_sub(1, Ordering::SeqCst);
+                }
+            },
+        );
+        let dying = domain.is_dying();
+        drop(domain);
+        if let Some(far) = far {
+            self.release(far.0, far.1, access);
+        }
+        if dying {
+            self.engine.reap(granter);
+        }
+    }
+}
+
+/// The whole page.
+const WHOLE: (u32, u32) = (0, 4096);
+
+/// The usable range of an entry in a given state; of a transitive one, that of its far entry,
+/// which this does not know.
+fn range_of(entry: &Entry<'_>, state: State) -> (u32, u32) {
+    if state.is_partial() && !state.is_transitive() {
+        let (start, length) = entry.extra().range();
+        (u32::from(start), u32::from(start) + u32::from(length))
+    } else {
+        WHOLE
+    }
+}
+
+/// The part that a sub-page entry grants, read once; the offset keeps 15 bits (spec 2.3).
+fn sub_page_of(entry: &Entry<'_>, flags: EntryFlags) -> Option<Extra> {
+    match &entry.shared {
+        SharedEntry::V2(shared) if flags.contains(EntryFlags::SUB_PAGE) => {
+            let (page_off, length) = shared.load_halves();
+            Some(Extra::sub_page(page_off & 0x7FFF, length))
+        }
+        _ => None,
+    }
+}
+
+/// Where a transitive entry leads, read once.
+fn far_of(entry: &Entry<'_>) -> (DomId, GrantRef) {
+    match &entry.shared {
+        SharedEntry::V2(shared) => {
+            let (trans_domid, _) = shared.load_halves();
+            let [a, b, c, d, ..] = shared.load_frame().to_le_bytes();
+            (DomId(trans_domid), GrantRef(u32::from_le_bytes([a, b, c, d])))
+        }
+        SharedEntry::V1(_) => (DomId::INVALID, GrantRef::INVALID),
+    }
+}
+
+/// Takes back the marks of an attempt on a transitive entry, as far as the pins that are there
+/// now do not justify them (PIN-7).
+fn end_attempt(entry: &Entry<'_>, seen: State, access: Access) {
+    if seen.is_pinned() && (access == Access::Read || seen.is_write_pinned()) {
+        return;
+    }
+    loop {
+        let now = entry.active.load();
+        if let Some(_claim) = entry.active.claim(now) {
+            end_use(&entry.shared, now, access);
+            return;
+        }
+    }
+}
+
+/// Steps 7f and 7g on the near entry: pinned, if nothing has changed since `seen`.
+fn pin_far<H: Hypervisor>(
+    hv: &H,
+    entry: &Entry<'_>,
+    user: DomId,
+    access: Access,
+    seen: State,
+    far: (DomId, GrantRef),
+    mfn: Mfn,
+) -> Result<(), Restart> {
+    let wanted = pins_of(access);
+    let extra = Extra::transitive(far.0, far.1);
+    let same_use =
+        !seen.is_pinned() || (seen.is_transitive() && entry.active.mfn() == mfn && entry.extra() == extra);
+    let Some(claim) = entry.active.claim(seen).filter(|_| same_use) else {
+        end_attempt(entry, seen, access);
+        return Err(Restart);
+    };
+    // Somebody else's use may have come and gone since the marks were set: set them again.
+    let marked = begin_use(
+        hv,
+        &entry.shared,
+        seen.is_pinned(),
+        user,
+        access,
+        Wanted::Transitive,
+    );
+    if marked.is_err() {
+        end_use(&entry.shared, seen, access);
+        return Err(Restart);
+    }
+    if seen.is_pinned() {
+        claim.publish_more(wanted);
+    } else {
+        entry.set_extra(extra);
+        claim.publish_first(mfn, State::first(user, UseKind::Transitive, wanted));
+    }
+    Ok(())
+}

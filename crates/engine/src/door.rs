@@ -1,0 +1,684 @@
+//! The raw door: the hypercall as a guest makes it (spec 3.1).
+//!
+//! A command number, an address, a count and a calling ABI come in; arguments are decoded from
+//! guest memory, the same operations run as behind the typed door, and results are encoded back.
+//! Batches, faults in guest memory, and yielding in mid-batch exist here only. What must always
+//! hold:
+//! 1. Each argument is copied in once, and the copy is what is judged (ENG-5).
+//! 2. Only the documented OUT bytes are written (spec 1.8).
+//! 3. A call that stops early says how to go on; it has done whole items and nothing else.
+
+use alloc::vec::Vec;
+
+use gnttab_abi::{
+    Abi, CacheFlush, Command, Copy, DumpTable, Errno, GetStatusFrames, GetVersion, Gfn, GrantStatus,
+    MapGrantRef, Op, QuerySize, SetVersion, SetupTable, SwapGrantRef, Transfer, Truncated, UnmapAndReplace,
+    UnmapGrantRef,
+};
+
+use crate::cache::Flushed;
+use crate::copy::Run;
+use crate::domain::{Reference, Vcpu};
+use crate::engine::Processor;
+use crate::hypervisor::{DomainKind, Hypervisor};
+use crate::setup::{COMPAT_SETUP_FRAMES, COMPAT_STATUS_FRAMES_4_17};
+use crate::unmap::{Removed, Request, UNMAP_GROUP};
+
+/// Guest memory could not be read or written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("guest memory at {addr:#x} could not be accessed")]
+pub struct Fault {
+    /// The guest address.
+    pub addr: u64,
+}
+
+/// The calling guest's memory, by the addresses that it passes.
+///
+/// Reads and writes are all or nothing as far as this call is concerned: a part that faults is a
+/// fault of the whole.
+pub trait GuestMemory {
+    /// Whether an array of `bytes` bytes may lie at `addr`, before anything is accessed (spec
+    /// 3.1.2). Faults are found by the access itself.
+    fn plausible(&self, addr: u64, bytes: u64) -> bool {
+        let _ = (addr, bytes);
+        true
+    }
+
+    /// Reads guest memory.
+    ///
+    /// # Errors
+    /// [`Fault`] if any byte cannot be read.
+    fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault>;
+
+    /// Writes guest memory.
+    ///
+    /// # Errors
+    /// [`Fault`] if any byte cannot be written.
+    fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), Fault>;
+
+    /// Where dump_table's text goes; the hypervisor's console, say.
+    fn print(&self, text: &str) {
+        let _ = text;
+    }
+}
+
+/// The hypercall's registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// Operation and opaque bits.
+    pub command: Command,
+    /// Guest address of the argument or the array of arguments.
+    pub addr: u64,
+    /// Number of arguments, as passed: a signed number to the checks.
+    pub count: u32,
+}
+
+/// How a hypercall ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Finished: 0, or an errno.
+    Done(Result<(), Errno>),
+    /// Stopped between items because the embedder asked: make this call to go on (spec 3.1.3).
+    Continue(Call),
+}
+
+/// Largest structure of the interface.
+const LARGEST: usize = 40;
+/// Items of a chunk of 32-bit callers' transfers and copies (spec 3.1.4).
+const TRANSFER_CHUNK: u32 = 341;
+const COPY_CHUNK: u32 = 204;
+
+/// How a batch ended, before it is told to the guest.
+enum Stop {
+    Failed(Errno),
+    /// So many items are done; the opaque bits to go on with.
+    Yield(u32, u32),
+}
+
+impl From<Fault> for Stop {
+    fn from(_: Fault) -> Stop {
+        Stop::Failed(Errno::Fault)
+    }
+}
+
+impl From<Errno> for Stop {
+    fn from(errno: Errno) -> Stop {
+        Stop::Failed(errno)
+    }
+}
+
+impl From<Fault> for Errno {
+    fn from(_: Fault) -> Errno {
+        Errno::Fault
+    }
+}
+
+impl<H: Hypervisor> Processor<'_, H> {
+    /// Serves one grant-table hypercall of a vCPU.
+    ///
+    /// `yield_now` is asked between items whether the processor is wanted for something else;
+    /// `|| false` runs every batch to its end.
+    pub fn hypercall(
+        &mut self,
+        vcpu: &Vcpu<H>,
+        abi: Abi,
+        call: Call,
+        memory: &dyn GuestMemory,
+        yield_now: &mut dyn FnMut() -> bool,
+    ) -> Outcome {
+        let mut door = Door {
+            cpu: self,
+            vcpu,
+            abi,
+            memory,
+            yield_now,
+            call,
+        };
+        match door.serve() {
+            Ok(()) => Outcome::Done(Ok(())),
+            Err(Stop::Failed(errno)) => Outcome::Done(Err(errno)),
+            Err(Stop::Yield(done, opaque)) => {
+                let command = Command(call.command.0 & Command::MASK | opaque);
+                Outcome::Continue(Call {
+                    command,
+                    addr: door.item_addr(done),
+                    count: call.count - done,
+                })
+            }
+        }
+    }
+}
+
+struct Door<'a, 'e, H: Hypervisor> {
+    cpu: &'a mut Processor<'e, H>,
+    vcpu: &'a Vcpu<H>,
+    abi: Abi,
+    memory: &'a dyn GuestMemory,
+    yield_now: &'a mut dyn FnMut() -> bool,
+    call: Call,
+}
+
+/// The bytes of one argument, as they were read.
+type Raw = [u8; LARGEST];
+
+impl<H: Hypervisor> Door<'_, '_, H> {
+    fn kind(&self) -> DomainKind {
+        self.vcpu.domain.kind()
+    }
+
+    fn is_compat(&self) -> bool {
+        self.abi == Abi::X86_32
+    }
+
+    fn is_4_17(&self) -> bool {
+        self.cpu.engine.config.reference == Reference::V4_17
+    }
+
+    /// Bytes of an item of this call's operation.
+    fn item_size(&self) -> u64 {
+        let size = match self.call.command.op() {
+            Some(Op::MapGrantRef) => MapGrantRef::size(self.abi),
+            Some(Op::UnmapGrantRef) => UnmapGrantRef::size(self.abi),
+            Some(Op::SetupTable) => SetupTable::size(self.abi),
+            Some(Op::DumpTable) => DumpTable::size(self.abi),
+            Some(Op::Transfer) => Transfer::size(self.abi),
+            Some(Op::Copy) => Copy::size(self.abi),
+            Some(Op::QuerySize) => QuerySize::size(self.abi),
+            Some(Op::UnmapAndReplace) => UnmapAndReplace::size(self.abi),
+            Some(Op::SetVersion) => SetVersion::size(self.abi),
+            Some(Op::GetStatusFrames) => GetStatusFrames::size(self.abi),
+            Some(Op::GetVersion) => GetVersion::size(self.abi),
+            Some(Op::SwapGrantRef) => SwapGrantRef::size(self.abi),
+            Some(Op::CacheFlush) => CacheFlush::size(self.abi),
+            None => 0,
+        };
+        size as u64
+    }
+
+    /// The door checks (spec 3.1.1), then the operation.
+    fn serve(&mut self) -> Result<(), Stop> {
+        let Call { command, count, .. } = self.call;
+        // 1
+        if self.kind() == DomainKind::Hvm && !hvm_may_call(command) {
+            return Err(Errno::NoSys.into());
+        }
+        // 2
+        if self.is_compat() {
+            match Op::from_number(command.0) {
+                Some(Op::SetupTable) => return self.setup_table_compat(),
+                Some(Op::GetStatusFrames) => return self.get_status_frames_compat(),
+                Some(Op::Transfer) => return self.in_chunks(Op::Transfer, TRANSFER_CHUNK),
+                Some(Op::Copy) => return self.in_chunks(Op::Copy, COPY_CHUNK),
+                _ => {}
+            }
+        }
+        // 3
+        if count > i32::MAX.cast_unsigned() {
+            return Err(Errno::Inval.into());
+        }
+        // 4
+        let op = command.op();
+        if op != Some(Op::CacheFlush) && command.opaque() != 0 {
+            return Err(Errno::Inval.into());
+        }
+        // 5
+        let op = op.filter(|op| self.dispatches(*op)).ok_or(Errno::NoSys)?;
+        self.allowed(op)?;
+        // 6
+        if is_array(op) {
+            self.plausible(u64::from(count) * self.item_size())?;
+        }
+        // 7
+        match op {
+            Op::MapGrantRef => self.map(),
+            Op::UnmapGrantRef | Op::UnmapAndReplace => self.unmap(op),
+            Op::SetupTable => self.setup_table(),
+            Op::DumpTable => self.dump_table(),
+            Op::Transfer => self.transfer(),
+            Op::Copy => self.copy(),
+            Op::QuerySize => self.query_size(),
+            Op::SetVersion => self.set_version(),
+            Op::GetStatusFrames => self.get_status_frames(),
+            Op::GetVersion => self.get_version(),
+            Op::SwapGrantRef => self.swap(),
+            Op::CacheFlush => self.cache_flush(),
+        }
+    }
+
+    /// Whether the door knows the operation for this kind of caller (step 5).
+    fn dispatches(&self, op: Op) -> bool {
+        match op {
+            Op::DumpTable => self.cpu.engine.config.dump,
+            Op::CacheFlush => self.kind() == DomainKind::Arm || self.is_4_17(),
+            _ => true,
+        }
+    }
+
+    /// The off switches: of the machine and of the domain.
+    fn allowed(&self, op: Op) -> Result<(), Errno> {
+        let on = self.vcpu.domain.limits().operations.contains(op);
+        match op {
+            Op::Transfer => Ok(()),
+            _ if on => Ok(()),
+            _ => Err(Errno::NoSys),
+        }
+    }
+
+    fn plausible(&self, bytes: u64) -> Result<(), Errno> {
+        if self.memory.plausible(self.call.addr, bytes) {
+            Ok(())
+        } else {
+            Err(Errno::Fault)
+        }
+    }
+
+    fn item_addr(&self, index: u32) -> u64 {
+        self.call.addr.wrapping_add(u64::from(index) * self.item_size())
+    }
+
+    /// The one read of an argument.
+    fn read(&self, index: u32) -> Result<Raw, Fault> {
+        let mut raw = [0; LARGEST];
+        let size = usize::try_from(self.item_size()).unwrap_or(LARGEST);
+        self.memory.read(self.item_addr(index), &mut raw[..size])?;
+        Ok(raw)
+    }
+
+    /// Writes `bytes` at `offset` of an argument.
+    fn write(&self, index: u32, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
+        self.memory
+            .write(self.item_addr(index).wrapping_add(offset), bytes)
+    }
+
+    fn write_status(&self, index: u32, offset: u64, status: GrantStatus) -> Result<(), Fault> {
+        self.write(index, offset, &status.0.to_le_bytes())
+    }
+
+    /// Between items: whether to stop before this one.
+    fn yield_before(&mut self, index: u32) -> Result<(), Stop> {
+        if index > 0 && (self.yield_now)() {
+            Err(Stop::Yield(index, 0))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn map(&mut self) -> Result<(), Stop> {
+        let now = self.cpu.engine.hv.now();
+        for index in 0..self.call.count {
+            self.yield_before(index)?;
+            let mut raw = self.read(index)?;
+            let mut item = decoded(MapGrantRef::decode(self.abi, &raw))?;
+            self.cpu.map_item(self.vcpu, &mut item, now);
+            item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
+            self.write(index, 0, &raw[..MapGrantRef::size(self.abi)])?;
+        }
+        Ok(())
+    }
+
+    fn unmap(&mut self, op: Op) -> Result<(), Stop> {
+        let mut first = 0;
+        while first < self.call.count {
+            if first > 0 && (self.yield_now)() {
+                return Err(Stop::Yield(first, 0));
+            }
+            let group = UNMAP_GROUP_ITEMS.min(self.call.count - first);
+            let mut removed = [None; UNMAP_GROUP];
+            let mut done = Ok(());
+            for (index, removed) in (first..first + group).zip(&mut removed) {
+                done = self.unmap_item(op, index, removed);
+                if done.is_err() {
+                    break;
+                }
+            }
+            self.cpu.unmap_second(self.vcpu, &removed);
+            done?;
+            first += group;
+        }
+        Ok(())
+    }
+
+    fn unmap_item(&mut self, op: Op, index: u32, removed: &mut Option<Removed>) -> Result<(), Errno> {
+        let raw = self.read(index)?;
+        let request: Request = if op == Op::UnmapGrantRef {
+            (&decoded(UnmapGrantRef::decode(self.abi, &raw))?).into()
+        } else {
+            (&decoded(UnmapAndReplace::decode(self.abi, &raw))?).into()
+        };
+        let (status, what) = self.cpu.unmap_first(self.vcpu, op, request);
+        *removed = what;
+        Ok(self.write_status(index, 20, status)?)
+    }
+
+    fn transfer_is_on(&self) -> Result<(), Errno> {
+        let on = self.cpu.engine.config.transfer
+            && self.kind() == DomainKind::Pv
+            && self.vcpu.domain.limits().operations.contains(Op::Transfer);
+        if on { Ok(()) } else { Err(Errno::OpNotSupp) }
+    }
+
+    fn transfer(&mut self) -> Result<(), Stop> {
+        self.transfer_is_on()?;
+        for index in 0..self.call.count {
+            self.yield_before(index)?;
+            let item = decoded(Transfer::decode(self.abi, &self.read(index)?))?;
+            let status = self.cpu.transfer_item(self.vcpu, &item);
+            self.write_status(index, 16, status)?;
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self) -> Result<(), Stop> {
+        let mut run = Run::new();
+        let done = self.copy_items(&mut run);
+        self.cpu.end_copy(&mut run);
+        done
+    }
+
+    fn copy_items(&mut self, run: &mut Run<H>) -> Result<(), Stop> {
+        for index in 0..self.call.count {
+            self.yield_before(index)?;
+            let item = decoded(Copy::decode(self.abi, &self.read(index)?))?;
+            let status = self.cpu.copy_item(self.vcpu, run, &item);
+            self.write_status(index, 36, status)?;
+        }
+        Ok(())
+    }
+
+    /// 32-bit callers' transfers and copies: a chunk is read whole before its first item runs, and
+    /// its statuses are written after its last, the last first (spec 3.1.4).
+    fn in_chunks(&mut self, op: Op, most: u32) -> Result<(), Stop> {
+        let Call { count, .. } = self.call;
+        if count > i32::MAX.cast_unsigned() {
+            return Err(Errno::Inval.into());
+        }
+        self.plausible(u64::from(count) * self.item_size())?;
+        if count == 0 {
+            return Ok(());
+        }
+        self.allowed(op)?;
+        if op == Op::Transfer {
+            self.transfer_is_on()?;
+        }
+        let mut first = 0;
+        while first < count {
+            self.yield_before(first)?;
+            let chunk = most.min(count - first);
+            first += self.chunk(op, first, chunk)?;
+        }
+        Ok(())
+    }
+
+    fn chunk(&mut self, op: Op, first: u32, chunk: u32) -> Result<u32, Stop> {
+        let mut raws = Vec::new();
+        raws.try_reserve_exact(chunk as usize).map_err(|_| Errno::NoMem)?;
+        for index in first..first + chunk {
+            raws.push(self.read(index)?);
+        }
+        let mut statuses = Vec::new();
+        statuses
+            .try_reserve_exact(chunk as usize)
+            .map_err(|_| Errno::NoMem)?;
+        let mut run = Run::new();
+        for (raw, index) in raws.iter().zip(first..) {
+            if index > first && (self.yield_now)() {
+                break;
+            }
+            statuses.push(match op {
+                Op::Transfer => {
+                    let item = decoded(Transfer::decode(self.abi, raw))?;
+                    self.cpu.transfer_item(self.vcpu, &item)
+                }
+                _ => {
+                    let item = decoded(Copy::decode(self.abi, raw))?;
+                    self.cpu.copy_item(self.vcpu, &mut run, &item)
+                }
+            });
+        }
+        self.cpu.end_copy(&mut run);
+        let offset = if op == Op::Transfer { 12 } else { 20 };
+        let mut written = Ok(());
+        let done = u32::try_from(statuses.len()).unwrap_or(chunk);
+        for (status, index) in statuses.iter().rev().zip((first..first + done).rev()) {
+            if self.write_status(index, offset, *status).is_err() {
+                written = Err(Stop::Failed(Errno::Fault));
+            }
+        }
+        written?;
+        if done < chunk {
+            Err(Stop::Yield(first + done, 0))
+        } else {
+            Ok(done)
+        }
+    }
+
+    fn query_size(&mut self) -> Result<(), Stop> {
+        self.one_only()?;
+        let mut raw = self.read(0)?;
+        let mut item = decoded(QuerySize::decode(self.abi, &raw))?;
+        item.status = match self.cpu.query_size(self.vcpu, item.dom) {
+            Ok(size) => {
+                (item.nr_frames, item.max_nr_frames) = (size.frames, size.max_frames);
+                GrantStatus::OKAY
+            }
+            Err(status) => status,
+        };
+        item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
+        Ok(self.write(0, 0, &raw[..QuerySize::size(self.abi)])?)
+    }
+
+    fn one_only(&self) -> Result<(), Errno> {
+        if self.call.count == 1 {
+            Ok(())
+        } else {
+            Err(Errno::Inval)
+        }
+    }
+
+    fn setup_table(&mut self) -> Result<(), Stop> {
+        self.one_only()?;
+        let item = decoded(SetupTable::decode(self.abi, &self.read(0)?))?;
+        self.list_plausible(item.frame_list, item.nr_frames, 8)?;
+        let (memory, list) = (self.memory, item.frame_list);
+        let status = self
+            .cpu
+            .setup_table(self.vcpu, item.dom, item.nr_frames, None, &mut |i, gfn| {
+                memory
+                    .write(list.wrapping_add(u64::from(i) * 8), &gfn.0.to_le_bytes())
+                    .is_ok()
+            });
+        Ok(self.write_status(0, 8, status)?)
+    }
+
+    fn list_plausible(&self, list: u64, elements: u32, size: u64) -> Result<(), Errno> {
+        let plausible = self.memory.plausible(list, u64::from(elements) * size);
+        if plausible { Ok(()) } else { Err(Errno::Fault) }
+    }
+
+    /// setup_table of a 32-bit caller (spec 3.1.4 step 4): the status is settled before the list is
+    /// written.
+    fn setup_table_compat(&mut self) -> Result<(), Stop> {
+        let Call { count, .. } = self.call;
+        if count > i32::MAX.cast_unsigned() {
+            return Err(Errno::Inval.into());
+        }
+        self.plausible(u64::from(count) * self.item_size())?;
+        if count == 0 {
+            return Ok(());
+        }
+        if count > 1 {
+            return Err(Errno::Inval.into());
+        }
+        self.allowed(Op::SetupTable)?;
+        let mut raw = self.read(0)?;
+        let mut item = decoded(SetupTable::decode(self.abi, &raw))?;
+        self.list_plausible(item.frame_list, item.nr_frames, 4)?;
+        let (memory, old) = (self.memory, self.is_4_17());
+        let mut storing = true;
+        item.status = self.cpu.setup_table(
+            self.vcpu,
+            item.dom,
+            item.nr_frames,
+            Some(COMPAT_SETUP_FRAMES),
+            &mut |i, gfn| {
+                let at = item.frame_list.wrapping_add(u64::from(i) * 4);
+                let fits = u32::try_from(gfn.0).is_ok();
+                if storing && (fits || old) {
+                    let [a, b, c, d, ..] = gfn.0.to_le_bytes();
+                    storing = memory.write(at, &[a, b, c, d]).is_ok() || old;
+                } else {
+                    storing = false;
+                }
+                true
+            },
+        );
+        item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
+        Ok(self.write(0, 0, &raw[..SetupTable::size(self.abi)])?)
+    }
+
+    fn get_status_frames(&mut self) -> Result<(), Stop> {
+        self.one_only()?;
+        let item = decoded(GetStatusFrames::decode(self.abi, &self.read(0)?))?;
+        self.list_plausible(item.frame_list, item.nr_frames, 8)?;
+        let status = self.status_frames(&item, None);
+        Ok(self.write_status(0, 6, status)?)
+    }
+
+    fn status_frames(&mut self, item: &GetStatusFrames, capacity: Option<u32>) -> GrantStatus {
+        let (memory, list) = (self.memory, item.frame_list);
+        // Xen 4.17 settles a 32-bit caller's status before the list is written.
+        let settled = self.is_compat() && self.is_4_17();
+        self.cpu.get_status_frames(
+            self.vcpu,
+            item.dom,
+            item.nr_frames,
+            capacity,
+            &mut |i, gfn: Gfn| {
+                let at = list.wrapping_add(u64::from(i) * 8);
+                memory.write(at, &gfn.0.to_le_bytes()).is_ok() || settled
+            },
+        )
+    }
+
+    fn get_status_frames_compat(&mut self) -> Result<(), Stop> {
+        let Call { count, .. } = self.call;
+        if count > i32::MAX.cast_unsigned() {
+            return Err(Errno::Inval.into());
+        }
+        self.plausible(u64::from(count) * self.item_size())?;
+        if count == 0 {
+            return Ok(());
+        }
+        if count > 1 {
+            return Err(Errno::Inval.into());
+        }
+        self.allowed(Op::GetStatusFrames)?;
+        let mut raw = self.read(0)?;
+        let mut item = decoded(GetStatusFrames::decode(self.abi, &raw))?;
+        self.list_plausible(item.frame_list, item.nr_frames, 8)?;
+        let old = self.is_4_17();
+        item.status = self.status_frames(&item, old.then_some(COMPAT_STATUS_FRAMES_4_17));
+        if old {
+            item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
+            return Ok(self.write(0, 0, &raw[..GetStatusFrames::size(self.abi)])?);
+        }
+        Ok(self.write_status(0, 6, item.status)?)
+    }
+
+    fn set_version(&mut self) -> Result<(), Stop> {
+        let mut raw = self.read(0)?;
+        let mut item = decoded(SetVersion::decode(self.abi, &raw))?;
+        let result = self.cpu.set_version(self.vcpu, item.version);
+        item.version = self.vcpu.domain.version().number();
+        item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
+        self.write(0, 0, &raw[..SetVersion::size(self.abi)])?;
+        Ok(result?)
+    }
+
+    fn get_version(&mut self) -> Result<(), Stop> {
+        let item = decoded(GetVersion::decode(self.abi, &self.read(0)?))?;
+        let version = self.cpu.get_version(self.vcpu, item.dom)?;
+        Ok(self.write(0, 4, &version.number().to_le_bytes())?)
+    }
+
+    fn swap(&mut self) -> Result<(), Stop> {
+        for index in 0..self.call.count {
+            self.yield_before(index)?;
+            let item = decoded(SwapGrantRef::decode(self.abi, &self.read(index)?))?;
+            let status = self.cpu.swap_item(self.vcpu, item.ref_a, item.ref_b);
+            self.write_status(index, 8, status)?;
+        }
+        Ok(())
+    }
+
+    fn dump_table(&mut self) -> Result<(), Stop> {
+        self.one_only()?;
+        let item = decoded(DumpTable::decode(self.abi, &self.read(0)?))?;
+        let status = match self.cpu.dump_table(self.vcpu, item.dom) {
+            Ok(text) => {
+                self.memory.print(&text);
+                GrantStatus::OKAY
+            }
+            Err(status) => status,
+        };
+        Ok(self.write_status(0, 2, status)?)
+    }
+
+    fn cache_flush(&mut self) -> Result<(), Stop> {
+        let mut from = self.call.command.opaque();
+        for index in 0..self.call.count {
+            self.yield_before(index)?;
+            let item = decoded(CacheFlush::decode(self.abi, &self.read(index)?))?;
+            loop {
+                match self.cpu.cache_item(self.vcpu, &item, from)? {
+                    Flushed::Done => break,
+                    Flushed::SearchedTo(next) => from = next,
+                }
+                if (self.yield_now)() {
+                    return Err(Stop::Yield(index, from));
+                }
+            }
+            from = 0;
+        }
+        Ok(())
+    }
+}
+
+/// A structure out of bytes that were read whole, so that it cannot be cut short.
+fn decoded<T>(item: Result<T, Truncated>) -> Result<T, Errno> {
+    item.map_err(|_| Errno::Fault)
+}
+
+/// [`UNMAP_GROUP`] as a count of items.
+#[expect(clippy::cast_possible_truncation, reason = "32")]
+const UNMAP_GROUP_ITEMS: u32 = UNMAP_GROUP as u32;
+
+/// The commands that an HVM caller may pass, all 32 bits compared (step 1).
+fn hvm_may_call(command: Command) -> bool {
+    matches!(
+        Op::from_number(command.0),
+        Some(
+            Op::MapGrantRef
+                | Op::UnmapGrantRef
+                | Op::SetupTable
+                | Op::Copy
+                | Op::QuerySize
+                | Op::SetVersion
+                | Op::GetVersion
+                | Op::SwapGrantRef
+        )
+    )
+}
+
+fn is_array(op: Op) -> bool {
+    matches!(
+        op,
+        Op::MapGrantRef
+            | Op::UnmapGrantRef
+            | Op::Transfer
+            | Op::Copy
+            | Op::UnmapAndReplace
+            | Op::SwapGrantRef
+            | Op::CacheFlush
+    )
+}

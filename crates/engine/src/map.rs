@@ -1,0 +1,328 @@
+//! `map_grant_ref` (spec 3.3).
+//!
+//! The checks, in order: kind of mapping asked for; flags that the caller's kind forbids; granter;
+//! policy; a handle; the reference; the entry in use by another; the entry's own word; the frame;
+//! the frame's owner; its type; the host mapping; the I/O MMU.
+
+use gnttab_abi::{EntryFlags, Gfn, GrantHandle, GrantStatus, MapFlags, MapGrantRef, Mfn, Op};
+
+use crate::active::{Pins, State, UseKind};
+use crate::claim::{Wanted, begin_use, end_use, marks_to_clear};
+use crate::domain::{Domain, Vcpu};
+use crate::engine::Processor;
+use crate::hypervisor::{
+    Access, DomainKind, FrameOwner, Hook, HostMapping, HostUnmapping, Hypervisor, ResolveError, Resolved,
+};
+use crate::iommu;
+use crate::maptrack::Record;
+use crate::table::Entry;
+
+/// The access that flags ask for.
+pub(crate) fn access_of(flags: MapFlags) -> Access {
+    if flags.contains(MapFlags::READONLY) {
+        Access::Read
+    } else {
+        Access::Write
+    }
+}
+
+/// Whether a host mapping takes the writable page type (spec 3.3 step 14c, 4.5).
+pub(crate) fn takes_type(access: Access, grantee: DomainKind, granter: DomainKind, itself: bool) -> bool {
+    access == Access::Write && grantee != DomainKind::Arm && (itself || !granter.is_external())
+}
+
+pub(crate) fn status_of(error: ResolveError) -> GrantStatus {
+    match error {
+        ResolveError::BadPage => GrantStatus::BAD_PAGE,
+        ResolveError::Again => GrantStatus::EAGAIN,
+    }
+}
+
+/// What step 14 took, so that a failure gives back exactly that (ENG-3).
+#[derive(Default)]
+struct Taken {
+    frames: u32,
+    types: u32,
+    host: bool,
+}
+
+impl<H: Hypervisor> Processor<'_, H> {
+    /// Maps grants, one after the other. Every item's `status` is written; `handle` and
+    /// `dev_bus_addr` on success only.
+    ///
+    /// ```
+    /// # #[cfg(feature = "machine")] {
+    /// use gnttab_abi::{DomId, GrantRef, GrantStatus, MapFlags, MapGrantRef};
+    /// use gnttab_engine::{Hypervisor, Processor, Vcpu};
+    ///
+    /// fn map<H: Hypervisor>(cpu: &mut Processor<'_, H>, vcpu: &Vcpu<H>, host_addr: u64) -> GrantStatus {
+    ///     let flags = MapFlags::HOST_MAP | MapFlags::READONLY;
+    ///     let (dom, gref) = (DomId(1), GrantRef(5));
+    ///     let mut item = MapGrantRef { host_addr, flags, gref, dom, ..MapGrantRef::default() };
+    ///     cpu.map(vcpu, core::slice::from_mut(&mut item));
+    ///     item.status
+    /// }
+    /// # }
+    /// ```
+    pub fn map(&mut self, vcpu: &Vcpu<H>, items: &mut [MapGrantRef]) {
+        let now = self.engine.hv.now();
+        for item in items {
+            self.map_item(vcpu, item, now);
+        }
+    }
+
+    pub(crate) fn map_item(&mut self, vcpu: &Vcpu<H>, item: &mut MapGrantRef, now: u64) {
+        vcpu.counters().operation(Op::MapGrantRef);
+        item.status = match self.map_one(vcpu, item, now) {
+            Ok((handle, mfn)) => {
+                item.handle = handle;
+                item.dev_bus_addr = mfn.address();
+                GrantStatus::OKAY
+            }
+            Err(status) => status,
+        };
+        vcpu.counters().status(item.status);
+    }
+
+    fn map_one(
+        &mut self,
+        vcpu: &Vcpu<H>,
+        item: &MapGrantRef,
+        now: u64,
+    ) -> Result<(GrantHandle, Mfn), GrantStatus> {
+        let hv = &self.engine.hv;
+        let caller = &*vcpu.domain;
+        // 1, 2
+        let pins = Pins::of_mapping(item.flags);
+        if pins.is_empty() {
+            return Err(GrantStatus::BAD_GNTREF);
+        }
+        let pv_only = MapFlags::DEVICE_MAP | MapFlags::APPLICATION_MAP | MapFlags::CONTAINS_PTE;
+        if caller.kind().is_external() && item.flags.intersects(pv_only) {
+            return Err(GrantStatus::GENERAL_ERROR);
+        }
+        // 3, 4
+        let granter = self.enter(item.dom).ok_or(GrantStatus::BAD_DOMAIN)?;
+        if !hv.may_map(caller.private(), granter.private(), item.flags) {
+            return Err(GrantStatus::PERMISSION_DENIED);
+        }
+        // 5
+        hv.hook(Hook::HandlePeek);
+        let handle = caller
+            .maptrack
+            .allocate(vcpu.number)
+            .ok_or(GrantStatus::NO_SPACE)?;
+        let done = Mapping {
+            hv,
+            caller,
+            granter: &granter,
+            item,
+            pins,
+        }
+        .make();
+        if done.is_err() {
+            caller.maptrack.release(vcpu.number, handle);
+        }
+        let mfn = done?;
+        // 17
+        hv.hook(Hook::MapPublish);
+        let record = Record {
+            gref: item.gref,
+            granter: granter.id(),
+            flags: item.flags,
+        };
+        caller.maptrack.publish(handle, record, now);
+        Ok((handle, mfn))
+    }
+}
+
+/// One item on its way through steps 6 to 16.
+struct Mapping<'a, H: Hypervisor> {
+    hv: &'a H,
+    caller: &'a Domain<H>,
+    granter: &'a Domain<H>,
+    item: &'a MapGrantRef,
+    pins: Pins,
+}
+
+impl<H: Hypervisor> Mapping<'_, H> {
+    fn make(&self) -> Result<Mfn, GrantStatus> {
+        let view = self.granter.table.view();
+        // 6
+        let entry = view.entry(self.item.gref).ok_or(GrantStatus::BAD_GNTREF)?;
+        // 7 to 10
+        let (mfn, resolved) = self.pin(&entry)?;
+        self.hv.hook(Hook::MapPinned);
+        // 11: the cache bits as they are now
+        let cache = entry.shared.load_head().flags & (EntryFlags::PWT | EntryFlags::PCD | EntryFlags::PAT);
+        // 12: one reference, which a first use has from its look-up
+        let owner = match resolved {
+            Some(resolved) => Some(resolved.owner),
+            None => self.hv.get_frame(mfn),
+        };
+        let mut taken = Taken {
+            frames: u32::from(owner.is_some()),
+            ..Taken::default()
+        };
+        // 13 to 16
+        let done = self.install(mfn, owner, cache, &mut taken);
+        if done.is_err() {
+            self.hv.hook(Hook::MapUnwind);
+            self.undo(&entry, mfn, &taken);
+        }
+        done.map(|()| mfn).map_err(|Failed| GrantStatus::GENERAL_ERROR)
+    }
+
+    /// Steps 7 to 10: a share in the entry, and the frame. A first use also holds the reference
+    /// that its look-up took.
+    fn pin(&self, entry: &Entry<'_>) -> Result<(Mfn, Option<Resolved>), GrantStatus> {
+        let user = self.caller.id();
+        let access = access_of(self.item.flags);
+        loop {
+            let state = entry.active.load();
+            let pinned = state.is_pinned();
+            if pinned && (state.grantee() != user || state.is_full_for(self.pins) || state.is_partial()) {
+                return Err(GrantStatus::GENERAL_ERROR);
+            }
+            if pinned && (access == Access::Read || state.is_write_pinned()) {
+                if entry.active.add_pins(state, self.pins) {
+                    return Ok((entry.active.mfn(), None));
+                }
+                continue;
+            }
+            let Some(claim) = entry.active.claim(state) else {
+                continue;
+            };
+            begin_use(self.hv, &entry.shared, pinned, user, access, Wanted::Whole)
+                .map_err(|_| GrantStatus::GENERAL_ERROR)?;
+            self.hv.hook(Hook::MapValidated);
+            if pinned {
+                claim.publish_more(self.pins);
+                return Ok((entry.active.mfn(), None));
+            }
+            let gfn = Gfn(entry.shared.load_frame());
+            match self.hv.resolve(self.granter.private(), gfn, access) {
+                Ok(resolved) => {
+                    claim.publish_first(resolved.mfn, State::first(user, UseKind::Whole, self.pins));
+                    return Ok((resolved.mfn, Some(resolved)));
+                }
+                Err(error) => {
+                    end_use(&entry.shared, state, access);
+                    return Err(status_of(error));
+                }
+            }
+        }
+    }
+
+    /// Steps 13 to 16: references, types and mappings.
+    fn install(
+        &self,
+        mfn: Mfn,
+        owner: Option<FrameOwner>,
+        cache: EntryFlags,
+        taken: &mut Taken,
+    ) -> Result<(), Failed> {
+        let Mapping {
+            hv,
+            caller,
+            granter,
+            item,
+            ..
+        } = self;
+        let access = access_of(item.flags);
+        let host = item.flags.contains(MapFlags::HOST_MAP);
+        let device = item.flags.contains(MapFlags::DEVICE_MAP);
+        let itself = granter.id() == caller.id();
+        match owner {
+            // 13
+            Some(FrameOwner::Io) => {
+                if caller.kind().is_external() || !hv.may_grant_io(granter.private(), mfn) {
+                    return Err(Failed);
+                }
+                if host {
+                    self.map_host(mfn, cache, taken)?;
+                }
+            }
+            // 14
+            Some(owner)
+                if owner == FrameOwner::Domain(granter.id())
+                    || (owner == FrameOwner::CopyOnWrite && access == Access::Read) =>
+            {
+                if device && access == Access::Write {
+                    self.take_type(mfn, taken)?;
+                }
+                if host && device {
+                    hv.get_frame(mfn).ok_or(Failed)?;
+                    taken.frames += 1;
+                }
+                if host {
+                    if takes_type(access, caller.kind(), granter.kind(), itself) {
+                        self.take_type(mfn, taken)?;
+                    }
+                    self.map_host(mfn, EntryFlags::empty(), taken)?;
+                }
+            }
+            // 15
+            _ => return Err(Failed),
+        }
+        // 16
+        if !itself && hv.iommu_follows(caller.private()) {
+            iommu::add(*hv, caller, mfn, access).map_err(|_| Failed)?;
+        }
+        Ok(())
+    }
+
+    fn take_type(&self, mfn: Mfn, taken: &mut Taken) -> Result<(), Failed> {
+        if !self.hv.get_writable(mfn) {
+            return Err(Failed);
+        }
+        taken.types += 1;
+        Ok(())
+    }
+
+    fn map_host(&self, mfn: Mfn, cache: EntryFlags, taken: &mut Taken) -> Result<(), Failed> {
+        let mapping = HostMapping {
+            addr: self.item.host_addr,
+            mfn,
+            flags: self.item.flags,
+            cache,
+            granter: self.granter.id(),
+        };
+        self.hv
+            .map_host(self.caller.private(), &mapping)
+            .map_err(|_| Failed)?;
+        taken.host = true;
+        Ok(())
+    }
+
+    /// Gives back what was taken; the pins go before the references that they stand for (CPY-6).
+    fn undo(&self, entry: &Entry<'_>, mfn: Mfn, taken: &Taken) {
+        if taken.host {
+            let unmapping = HostUnmapping {
+                addr: self.item.host_addr,
+                new_addr: 0,
+                mfn,
+                flags: self.item.flags,
+            };
+            // What was just made is there, unless the caller's own processors tore it down.
+            let _ = self.hv.unmap_host(self.caller.private(), &unmapping);
+            self.hv.flush(self.caller.private());
+        }
+        unpin(entry, self.pins, access_of(self.item.flags));
+        (0..taken.types).for_each(|_| self.hv.put_writable(mfn));
+        (0..taken.frames).for_each(|_| self.hv.put_frame(mfn));
+    }
+}
+
+/// A step of 13 to 16 failed: *general_error*.
+#[derive(Debug)]
+struct Failed;
+
+/// Lowers pins and tells the shared entry if that ends a use (spec 4.3).
+pub(crate) fn unpin(entry: &Entry<'_>, pins: Pins, ended: Access) {
+    entry.active.drop_pins(
+        pins,
+        |left| !marks_to_clear(left, ended).is_empty(),
+        |left| end_use(&entry.shared, left, ended),
+    );
+}

@@ -1,0 +1,118 @@
+//! The end of a domain, as grantee and as granter (spec 7.2 to 7.5).
+//!
+//! In this order: [`Engine::begin_teardown`]; no vCPU of the domain acts any more;
+//! [`Processor::release_mappings`] until it is done; the hypervisor gives up the domain's memory;
+//! [`Engine::retire`]. A domain whose frames others still use stays findable, with its table, until
+//! the last of them lets go, and then goes by itself.
+
+use core::sync::atomic::Ordering;
+
+use gnttab_abi::{DomId, GrantHandle, GrantRef};
+
+use crate::domain::{Domain, Vcpu};
+use crate::engine::{Engine, Processor};
+use crate::hypervisor::{Hook, Hypervisor};
+
+/// How far the release of a dead domain's mappings got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Release {
+    /// All of them are gone; so many were live this time.
+    Done {
+        /// Mappings released by this call.
+        released: u32,
+    },
+    /// The budget is used up: call again.
+    More {
+        /// Mappings released by this call.
+        released: u32,
+    },
+    /// The domain is not dying, or one of its vCPUs is still held.
+    StillRunning,
+}
+
+/// What became of a domain that was retired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retired {
+    /// Its number is free again.
+    Gone,
+    /// Entries of its table are still in use; it goes when the last use ends.
+    Held,
+    /// There is no such domain, or it is not dying.
+    NotDying,
+}
+
+impl<H: Hypervisor> Engine<H> {
+    /// Marks a domain as dying: it gains no new pages, pins or handles (TDN-3).
+    pub fn begin_teardown(&self, domain: &Domain<H>) {
+        domain.set_dying();
+    }
+
+    /// Lets a dying domain go, if nobody uses its entries.
+    pub fn retire(&self, id: DomId) -> Retired {
+        let Some(domain) = self.registry.find(id) else {
+            return Retired::NotDying;
+        };
+        if !domain.is_dying() {
+            return Retired::NotDying;
+        }
+        domain.retire.store(true, Ordering::SeqCst);
+        if self.try_remove(&domain) {
+            Retired::Gone
+        } else {
+            Retired::Held
+        }
+    }
+
+    /// Called where a use of a dying domain's entry has ended.
+    pub(crate) fn reap(&self, id: DomId) {
+        let Some(domain) = self.registry.find(id) else {
+            return;
+        };
+        if domain.retire.load(Ordering::SeqCst) {
+            self.try_remove(&domain);
+        }
+    }
+
+    /// Removes a domain from the list if, with its table to itself, no entry is in use.
+    fn try_remove(&self, domain: &Domain<H>) -> bool {
+        // The gate stays shut until the domain is out of the list: no use can begin in between.
+        let _excluded = self.registry.exclude(domain);
+        let view = domain.table.view();
+        let pinned = |gref| {
+            view.entry(GrantRef(gref))
+                .is_some_and(|e| e.active.load().is_pinned())
+        };
+        let used = (0..view.entries()).any(pinned);
+        !used && self.registry.remove(domain.id()).is_some()
+    }
+}
+
+impl<H: Hypervisor> Processor<'_, H> {
+    /// Releases mappings of a dying domain, from the highest handle down, at most `budget` records
+    /// looked at (spec 7.2). The caller has taken every vCPU of the domain, so that none of its
+    /// calls is under way.
+    pub fn release_mappings(&mut self, vcpus: &[Vcpu<H>], budget: u32) -> Release {
+        let Some(vcpu) = vcpus.first() else {
+            return Release::StillRunning;
+        };
+        let domain = &vcpu.domain;
+        let all = vcpus.iter().all(|v| core::ptr::eq(&*v.domain, &**domain));
+        if !domain.is_dying() || !all || vcpus.len() != domain.vcpus.len() {
+            return Release::StillRunning;
+        }
+        let mut released = 0;
+        let limit = domain.maptrack.limit();
+        let start = domain.teardown_at.load(Ordering::Relaxed).min(limit);
+        let stop = start.saturating_sub(budget);
+        for handle in (stop..start).rev() {
+            released += u32::from(self.forget_mapping(vcpu, GrantHandle(handle)));
+            self.engine.hv.hook(Hook::Teardown);
+        }
+        domain.teardown_at.store(stop, Ordering::Relaxed);
+        if stop == 0 {
+            Release::Done { released }
+        } else {
+            Release::More { released }
+        }
+    }
+}

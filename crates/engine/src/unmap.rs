@@ -1,0 +1,278 @@
+//! `unmap_grant_ref` and `unmap_and_replace` (spec 3.4).
+//!
+//! Two phases: the first removes the mapping and edits the record, the second, after stale
+//! translations are gone, lowers pins and drops references. Statuses are known after the first.
+//! The checks, in order: the handle; the granter; policy; the record still the same; the bus
+//! address; the host mapping.
+
+use gnttab_abi::{
+    DomId, GrantHandle, GrantRef, GrantStatus, MapFlags, Mfn, Op, UnmapAndReplace, UnmapGrantRef,
+};
+
+use crate::active::Pins;
+use crate::domain::Vcpu;
+use crate::engine::Processor;
+use crate::hypervisor::{Access, DomainKind, Hook, HostUnmapping, Hypervisor};
+use crate::iommu;
+use crate::map::{access_of, takes_type, unpin};
+
+/// Items between two flushes (spec 3.4.1).
+pub const UNMAP_GROUP: usize = 32;
+
+/// What both operations ask for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request {
+    pub(crate) host_addr: u64,
+    pub(crate) dev_bus_addr: u64,
+    pub(crate) new_addr: u64,
+    pub(crate) handle: GrantHandle,
+}
+
+impl From<&UnmapGrantRef> for Request {
+    fn from(item: &UnmapGrantRef) -> Request {
+        Request {
+            host_addr: item.host_addr,
+            dev_bus_addr: item.dev_bus_addr,
+            new_addr: 0,
+            handle: item.handle,
+        }
+    }
+}
+
+impl From<&UnmapAndReplace> for Request {
+    fn from(item: &UnmapAndReplace) -> Request {
+        Request {
+            host_addr: item.host_addr,
+            dev_bus_addr: 0,
+            new_addr: item.new_addr,
+            handle: item.handle,
+        }
+    }
+}
+
+/// What phase 1 removed and phase 2 has to give back.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Removed {
+    granter: DomId,
+    gref: GrantRef,
+    mfn: Mfn,
+    access: Access,
+    /// The kinds that were removed: host, device or both.
+    kinds: MapFlags,
+}
+
+impl<H: Hypervisor> Processor<'_, H> {
+    /// Unmaps grants in groups of [`UNMAP_GROUP`]. Every item's `status` is written.
+    pub fn unmap(&mut self, vcpu: &Vcpu<H>, items: &mut [UnmapGrantRef]) {
+        for group in items.chunks_mut(UNMAP_GROUP) {
+            let mut removed = [None; UNMAP_GROUP];
+            for (item, removed) in group.iter_mut().zip(&mut removed) {
+                (item.status, *removed) = self.unmap_first(vcpu, Op::UnmapGrantRef, (&*item).into());
+            }
+            self.unmap_second(vcpu, &removed);
+        }
+    }
+
+    /// Unmaps grants and puts the page-table entries of `new_addr` in their place.
+    pub fn unmap_and_replace(&mut self, vcpu: &Vcpu<H>, items: &mut [UnmapAndReplace]) {
+        for group in items.chunks_mut(UNMAP_GROUP) {
+            let mut removed = [None; UNMAP_GROUP];
+            for (item, removed) in group.iter_mut().zip(&mut removed) {
+                (item.status, *removed) = self.unmap_first(vcpu, Op::UnmapAndReplace, (&*item).into());
+            }
+            self.unmap_second(vcpu, &removed);
+        }
+    }
+
+    /// Phase 1 of one item (spec 3.4.2), counted.
+    pub(crate) fn unmap_first(
+        &mut self,
+        vcpu: &Vcpu<H>,
+        op: Op,
+        request: Request,
+    ) -> (GrantStatus, Option<Removed>) {
+        vcpu.counters().operation(op);
+        let (status, removed) = self.unmap_one(vcpu, request);
+        vcpu.counters().status(status);
+        (status, removed)
+    }
+
+    fn unmap_one(&mut self, vcpu: &Vcpu<H>, request: Request) -> (GrantStatus, Option<Removed>) {
+        let hv = &self.engine.hv;
+        let caller = &*vcpu.domain;
+        let refuse = |status| (status, None);
+        // 1, 2
+        let Some(record) = caller.maptrack.look(request.handle) else {
+            return refuse(GrantStatus::BAD_HANDLE);
+        };
+        // 3, 4
+        let Some(granter) = self.enter(record.granter) else {
+            hv.crash(caller.private(), "a mapping outlived its granter");
+            return refuse(GrantStatus::GENERAL_ERROR);
+        };
+        if !hv.may_unmap(caller.private(), granter.private()) {
+            return refuse(GrantStatus::PERMISSION_DENIED);
+        }
+        // 5
+        let Some(entry) = granter.table.view().entry(record.gref) else {
+            return refuse(GrantStatus::BAD_HANDLE);
+        };
+        // 6: from here on this record, and so the entry's frame, is this call's
+        let Some(mut claim) = caller.maptrack.claim(request.handle, record) else {
+            return refuse(GrantStatus::BAD_HANDLE);
+        };
+        let mfn = entry.active.mfn();
+        let has = |kind| record.flags.contains(kind);
+        // 7
+        let bus = request.dev_bus_addr;
+        if bus != 0 && has(MapFlags::DEVICE_MAP) && bus != mfn.address() {
+            return refuse(GrantStatus::BAD_DEV_ADDR);
+        }
+        // 8
+        let mut kinds = MapFlags::empty();
+        if request.host_addr != 0 && has(MapFlags::HOST_MAP) {
+            let unmapping = HostUnmapping {
+                addr: request.host_addr,
+                new_addr: request.new_addr,
+                mfn,
+                flags: record.flags,
+            };
+            if hv.unmap_host(caller.private(), &unmapping).is_err() {
+                return refuse(GrantStatus::GENERAL_ERROR);
+            }
+            claim.remove(MapFlags::HOST_MAP);
+            kinds |= MapFlags::HOST_MAP;
+        }
+        // 9
+        if bus != 0 && has(MapFlags::DEVICE_MAP) {
+            claim.remove(MapFlags::DEVICE_MAP);
+            kinds |= MapFlags::DEVICE_MAP;
+        }
+        // 10
+        let released = claim.is_empty();
+        drop(claim);
+        if released {
+            caller.maptrack.release(vcpu.number, request.handle);
+        }
+        hv.hook(Hook::UnmapPass1);
+        // 11
+        let access = access_of(record.flags);
+        let mut status = GrantStatus::OKAY;
+        let follows = released && granter.id() != caller.id() && hv.iommu_follows(caller.private());
+        if follows && iommu::remove(hv, caller, mfn, access).is_err() {
+            status = GrantStatus::GENERAL_ERROR;
+        }
+        // 12
+        if access == Access::Write && status.is_okay() {
+            hv.mark_dirty(granter.private(), mfn);
+        }
+        let removed = Removed {
+            granter: granter.id(),
+            gref: record.gref,
+            mfn,
+            access,
+            kinds,
+        };
+        (status, (!kinds.is_empty()).then_some(removed))
+    }
+
+    /// The flush, then phase 2 for a group (spec 3.4.1, 3.4.3).
+    pub(crate) fn unmap_second(&mut self, vcpu: &Vcpu<H>, group: &[Option<Removed>]) {
+        let hv = &self.engine.hv;
+        if group.iter().all(Option::is_none) {
+            return;
+        }
+        if !vcpu.domain.kind().is_external() {
+            hv.flush(vcpu.domain.private());
+        }
+        hv.hook(Hook::UnmapFlushed);
+        for removed in group.iter().flatten() {
+            self.give_back(vcpu.domain.kind(), vcpu.domain.id(), removed, removed.kinds);
+        }
+    }
+
+    /// Lowers the pins of what was removed, then drops types and references for the kinds in
+    /// `referenced`.
+    fn give_back(&mut self, kind: DomainKind, caller: DomId, removed: &Removed, referenced: MapFlags) {
+        let hv = &self.engine.hv;
+        let Removed {
+            granter,
+            gref,
+            mfn,
+            access,
+            kinds,
+        } = *removed;
+        let mut flags = kinds;
+        flags.set(MapFlags::READONLY, access == Access::Read);
+        let (mut dying, mut host_type) = (false, false);
+        if let Some(granter) = self.enter(granter) {
+            if let Some(entry) = granter.table.view().entry(gref) {
+                unpin(&entry, Pins::of_mapping(flags), access);
+            }
+            dying = granter.is_dying();
+            host_type = takes_type(access, kind, granter.kind(), granter.id() == caller);
+        }
+        if referenced.contains(MapFlags::DEVICE_MAP) {
+            if access == Access::Write {
+                hv.put_writable(mfn);
+            }
+            hv.put_frame(mfn);
+        }
+        if referenced.contains(MapFlags::HOST_MAP) {
+            if host_type {
+                hv.put_writable(mfn);
+            }
+            hv.put_frame(mfn);
+        }
+        if dying {
+            self.engine.reap(granter);
+        }
+    }
+
+    /// Gives back a live record of a domain that is being torn down (spec 7.2). References of a
+    /// PV domain's host mappings go with its page tables, not here.
+    pub(crate) fn forget_mapping(&mut self, vcpu: &Vcpu<H>, handle: GrantHandle) -> bool {
+        let hv = &self.engine.hv;
+        let caller = &*vcpu.domain;
+        let Some(record) = caller.maptrack.look(handle) else {
+            return false;
+        };
+        let Some(mut claim) = caller.maptrack.claim(handle, record) else {
+            return false;
+        };
+        let both = MapFlags::HOST_MAP | MapFlags::DEVICE_MAP;
+        let kinds = record.flags & both;
+        claim.remove(both);
+        drop(claim);
+        let access = access_of(record.flags);
+        let mfn = match self.enter(record.granter) {
+            Some(granter) => granter
+                .table
+                .view()
+                .entry(record.gref)
+                .map(|entry| entry.active.mfn()),
+            None => None,
+        };
+        if let Some(mfn) = mfn {
+            if record.granter != caller.id() && hv.iommu_follows(caller.private()) {
+                // The domain is gone; its I/O MMU tables go with it.
+                let _ = iommu::remove(hv, caller, mfn, access);
+            }
+            let referenced = if caller.kind().is_external() {
+                kinds
+            } else {
+                kinds & MapFlags::DEVICE_MAP
+            };
+            let removed = Removed {
+                granter: record.granter,
+                gref: record.gref,
+                mfn,
+                access,
+                kinds,
+            };
+            self.give_back(caller.kind(), caller.id(), &removed, referenced);
+        }
+        caller.maptrack.release(vcpu.number, handle);
+        true
+    }
+}
