@@ -1,22 +1,23 @@
 //! `gnttab disk`: an image served from one domain to another, exported as NBD.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 use crate::args::Disk;
 use crate::block::BlockDevice as _;
 use crate::failure::Failure;
 use crate::file::FileDevice;
 use crate::image::Image;
+use crate::live::{Rates, Stop};
 use crate::nbd::connection::Export;
 use crate::nbd::listener::{ListenError, Listener};
-use crate::nbd::server::Server;
+use crate::nbd::server::{Server, Totals};
 use crate::{output, place};
+
+/// How often the rates are drawn.
+const INTERVAL: Duration = Duration::from_millis(500);
 
 /// Serves the image until told to stop.
 pub(crate) fn main(args: &Disk) -> Result<(), Failure> {
@@ -28,49 +29,37 @@ pub(crate) fn main(args: &Disk) -> Result<(), Failure> {
         ));
     }
     let listener = listen(args, &image)?;
-    let mut signals = Signals::new([SIGINT, SIGTERM])
-        .map_err(|error| Failure::new(format!("signals: cannot be caught: {error}")))?;
-    if !args.direct {
-        return Err(Failure::new("disk: domains are not there yet").next("try --direct"));
+    let stop = Stop::new()?;
+    if args.direct {
+        serve_directly(args, &image, listener, &stop)
+    } else {
+        Err(Failure::new("disk: domains are not there yet").next("try --direct"))
     }
+}
 
+/// The baseline: no domains.
+fn serve_directly(args: &Disk, image: &Image, listener: Listener, stop: &Stop) -> Result<(), Failure> {
     let address = listener.to_string();
-    let queues = args.rings.queues;
-    let file = Arc::new(
-        image
-            .file()
-            .try_clone()
-            .map_err(|error| Failure::new(format!("image: {error}")))?,
-    );
-    let devices: Vec<FileDevice> = (0..queues)
-        .map(|_| FileDevice::new(Arc::clone(&file), image.size(), image.is_read_only()))
-        .collect();
+    let fail = |error| Failure::new(format!("NBD server at {address}: {error}"));
+    let file = Arc::new(image.file().try_clone().map_err(fail)?);
+    let device = || FileDevice::new(Arc::clone(&file), image.size(), image.is_read_only());
+    let devices: Vec<FileDevice> = (0..args.rings.queues).map(|_| device()).collect();
     let export = Export {
         name: image.name().to_owned(),
         description: format!("{} served by gnttab, with no domains between", image.name()),
-        geometry: devices[0].geometry(),
+        geometry: device().geometry(),
     };
+    let server = Server::start(listener, export, devices).map_err(fail)?;
+    announce(args, image, &address);
     let started = Instant::now();
-    let server = Server::start(listener, export, devices)
-        .map_err(|error| Failure::new(format!("NBD server at {address}: {error}")))?;
-    announce(args, &image, &address);
-    let _ = signals.forever().next();
+    let mut rates = Rates::new(args.json);
+    while !stop.asked_within(INTERVAL) {
+        rates.draw(server.counters().totals());
+    }
+    rates.clear();
     let counters = Arc::clone(server.counters());
     server.stop();
-    let done = json!({
-        "event": "stopped",
-        "seconds": started.elapsed().as_secs_f64(),
-        "reads": counters.reads.load(Ordering::Relaxed),
-        "writes": counters.writes.load(Ordering::Relaxed),
-        "flushes": counters.flushes.load(Ordering::Relaxed),
-        "discards": counters.discards.load(Ordering::Relaxed),
-        "bytes_read": counters.bytes_read.load(Ordering::Relaxed),
-        "bytes_written": counters.bytes_written.load(Ordering::Relaxed),
-        "errors": counters.errors.load(Ordering::Relaxed),
-    });
-    if args.json {
-        output::json("disk", done);
-    }
+    sum_up(args, started.elapsed(), &counters.totals());
     Ok(())
 }
 
@@ -91,11 +80,12 @@ fn listen(args: &Disk, image: &Image) -> Result<Listener, Failure> {
     })
 }
 
+/// Says where the disk is to be had: the address alone is data.
 fn announce(args: &Disk, image: &Image, address: &str) {
     if args.json {
-        let size = image.size();
+        let (size, read_only) = (image.size(), image.is_read_only());
         let event = json!({
-            "event": "serving", "address": address, "image": args.image, "size": size, "read_only": image.is_read_only(),
+            "event": "serving", "address": address, "image": args.image, "size": size, "read_only": read_only,
         });
         output::json("disk", event);
     } else {
@@ -105,6 +95,27 @@ fn announce(args: &Disk, image: &Image, address: &str) {
             image.name(),
             output::bytes(image.size()),
             if image.is_read_only() { ", read-only" } else { "" },
+        ));
+    }
+}
+
+/// Says what was done.
+fn sum_up(args: &Disk, time: Duration, totals: &Totals) {
+    if args.json {
+        output::json(
+            "disk",
+            json!({ "event": "stopped", "seconds": time.as_secs_f64(), "totals": totals }),
+        );
+    } else {
+        output::say(&format!(
+            "stopped after {:.1} s: read {} in {} requests, wrote {} in {}, {} flushes, {} errors",
+            time.as_secs_f64(),
+            output::bytes(totals.bytes_read),
+            totals.reads,
+            output::bytes(totals.bytes_written),
+            totals.writes,
+            totals.flushes,
+            totals.errors,
         ));
     }
 }

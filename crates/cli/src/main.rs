@@ -11,6 +11,7 @@ mod disk;
 mod failure;
 mod file;
 mod image;
+mod live;
 mod machine;
 mod nbd;
 mod output;

@@ -1,5 +1,7 @@
 //! What the command says to wrong input: one line with the next step, and the right exit code.
 
+#![expect(clippy::tests_outside_test_module, reason = "a file of tests is no module")]
+
 use std::path::Path;
 
 use assert_cmd::Command;

@@ -210,13 +210,7 @@ fn a_client_that_is_cut_off_costs_nobody_else_anything() {
     if have("qemu-img") {
         run("qemu-img", &["info", &served.uri]);
     }
-    let clients = || {
-        served
-            .server
-            .counters()
-            .clients
-            .load(std::sync::atomic::Ordering::Relaxed)
-    };
+    let clients = || served.server.counters().totals().clients;
     for _ in 0..200 {
         if clients() == 0 {
             return;

@@ -35,10 +35,9 @@ impl Limits {
     const PAYLOAD: u32 = 32 << 20;
     /// Requests under way.
     const IN_FLIGHT: usize = 128;
-    /// Bytes of payload under way; one request always fits.
-    const IN_FLIGHT_BYTES: usize = 32 << 20;
-    /// Bytes of replies not yet sent above which nothing more is read.
-    const UNSENT: usize = 32 << 20;
+    /// Bytes of payload under way and of replies not yet sent, above which nothing more is read. One more request may
+    /// come on top, so a client holds twice this at most.
+    const HELD: usize = 32 << 20;
     /// Bytes of an option's data; longer ones are skipped and refused.
     const OPTION: u32 = 16 << 10;
     /// Bytes of buffers kept for reuse.
@@ -253,9 +252,7 @@ impl Connection {
 
     /// No more work is taken on until something was finished.
     fn is_choked(&self) -> bool {
-        self.in_flight >= Limits::IN_FLIGHT
-            || self.in_flight_bytes >= Limits::IN_FLIGHT_BYTES
-            || self.output.bytes >= Limits::UNSENT
+        self.in_flight >= Limits::IN_FLIGHT || self.in_flight_bytes + self.output.bytes >= Limits::HELD
     }
 
     fn recycle(&mut self, buffer: Vec<u8>) {

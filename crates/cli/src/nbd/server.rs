@@ -14,13 +14,15 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::connection::{Connection, Export};
 use super::listener::{Listener, Stream};
 use crate::block::{BlockDevice, Completion, Operation, Request};
 
 /// Clients at a time, over all queues; the next one is turned away by closing its connection.
-const MAX_CLIENTS: usize = 32;
+/// With what one of them can make us hold (64 MiB and a little) this bounds the server's memory.
+const MAX_CLIENTS: usize = 16;
 
 /// How long a stop waits for requests under way and for clients to take their answers.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
@@ -28,25 +30,52 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
 /// What the server has done so far. Read at any time without stopping it.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
+    clients: AtomicUsize,
+    reads: AtomicU64,
+    writes: AtomicU64,
+    flushes: AtomicU64,
+    discards: AtomicU64,
+    bytes_read: AtomicU64,
+    bytes_written: AtomicU64,
+    errors: AtomicU64,
+}
+
+/// [`Counters`] at one moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Totals {
     /// Clients connected now.
-    pub(crate) clients: AtomicUsize,
-    /// Reads answered.
-    pub(crate) reads: AtomicU64,
-    /// Writes and zeroings answered.
-    pub(crate) writes: AtomicU64,
-    /// Flushes answered.
-    pub(crate) flushes: AtomicU64,
-    /// Discards answered.
-    pub(crate) discards: AtomicU64,
+    pub(crate) clients: usize,
+    /// Reads done.
+    pub(crate) reads: u64,
+    /// Writes and zeroings done.
+    pub(crate) writes: u64,
+    /// Flushes done.
+    pub(crate) flushes: u64,
+    /// Discards done.
+    pub(crate) discards: u64,
     /// Bytes read.
-    pub(crate) bytes_read: AtomicU64,
+    pub(crate) bytes_read: u64,
     /// Bytes written or zeroed.
-    pub(crate) bytes_written: AtomicU64,
-    /// Requests the disk failed.
-    pub(crate) errors: AtomicU64,
+    pub(crate) bytes_written: u64,
+    /// Requests that the disk failed.
+    pub(crate) errors: u64,
 }
 
 impl Counters {
+    /// What they are now.
+    pub(crate) fn totals(&self) -> Totals {
+        Totals {
+            clients: self.clients.load(Ordering::Relaxed),
+            reads: self.reads.load(Ordering::Relaxed),
+            writes: self.writes.load(Ordering::Relaxed),
+            flushes: self.flushes.load(Ordering::Relaxed),
+            discards: self.discards.load(Ordering::Relaxed),
+            bytes_read: self.bytes_read.load(Ordering::Relaxed),
+            bytes_written: self.bytes_written.load(Ordering::Relaxed),
+            errors: self.errors.load(Ordering::Relaxed),
+        }
+    }
+
     fn count(&self, operation: Operation, length: u32, ok: bool) {
         if !ok {
             self.errors.fetch_add(1, Ordering::Relaxed);
