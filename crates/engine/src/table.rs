@@ -239,7 +239,6 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
             }
         };
         Some(Entry {
-            gref,
             active,
             shared,
             extra,
