@@ -7,3 +7,8 @@
     reason = "the one place for system calls and memory that other processes write"
 )]
 pub mod sys;
+
+pub mod area;
+pub mod confine;
+pub mod hostile;
+pub mod launch;

@@ -7,7 +7,9 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{
     self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -116,6 +118,44 @@ impl Channel {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         retry(|| net::sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, flags))?;
         Ok(())
+    }
+
+    /// Sends one message that carries nothing, without ever waiting: the way that is left to a
+    /// confined domain.
+    ///
+    /// # Errors
+    /// Any [`ChannelError`] but `Cut` and `TooManyDescriptors`; nothing was sent then.
+    pub fn send_bytes(&self, bytes: &[u8]) -> Result<(), ChannelError> {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        retry(|| net::send(&self.socket, bytes, flags))?;
+        Ok(())
+    }
+
+    /// Waits until there is a message or the end; false if `timeout` passed first.
+    ///
+    /// # Errors
+    /// [`ChannelError::Failed`] with the kernel's error.
+    pub fn wait(&self, timeout: Duration) -> Result<bool, ChannelError> {
+        let timeout = Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
+        let mut poll = [PollFd::new(&self.socket, PollFlags::IN)];
+        Ok(retry(|| rustix::event::poll(&mut poll, Some(&timeout)))? > 0)
+    }
+
+    /// Whether the other side still holds its end.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        let mut poll = [PollFd::new(&self.socket, PollFlags::empty())];
+        let none = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        matches!(
+            rustix::event::poll(&mut poll, Some(&none)),
+            Ok(0) | Err(Errno::INTR)
+        )
     }
 
     /// Receives one message with the descriptors it carries. Waits for it if `wait` says so.
@@ -248,7 +288,12 @@ mod tests {
     #[test]
     fn a_closed_peer_is_an_error_on_both_ways() {
         let (one, other) = Channel::pair().unwrap();
+        assert!(one.is_connected());
+        assert_eq!(one.wait(Duration::from_millis(1)), Ok(false));
         drop(other);
+        assert!(!one.is_connected());
+        assert_eq!(one.wait(Duration::from_secs(9)), Ok(true));
+        assert_eq!(one.send_bytes(b"x").unwrap_err(), ChannelError::Closed);
         assert_eq!(one.send(b"x", &[]).unwrap_err(), ChannelError::Closed);
         assert_eq!(one.receive(&mut [0; 4], true).unwrap_err(), ChannelError::Closed);
         assert_eq!(

@@ -11,6 +11,8 @@ use gnttab_abi::PAGE_SIZE;
 use rustix::fs::{self, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 
+use super::WindowError;
+
 /// Why memory could not be made or shared.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -24,6 +26,9 @@ pub enum MemoryError {
         /// What it said.
         errno: Errno,
     },
+    /// It could not be mapped.
+    #[error(transparent)]
+    Map(#[from] WindowError),
     /// The memory could not be made read-only for others.
     #[error("cannot share a page read-only: {step}: {errno}")]
     ReadOnly {
