@@ -1,1 +1,64 @@
 //! Shared rings and the split-driver protocols on them: blkif, frontend and backend.
+//!
+//! # The parts
+//! | module | what it is |
+//! |---|---|
+//! | [`shared`] | memory that a hostile peer can write; the one module with `unsafe` |
+//! | [`ring`] | the request/response ring, both ends, over one page or several |
+//! | [`grants`] | what the drivers need of grant tables: [`Granter`](grants::Granter), [`Grantee`](grants::Grantee), [`Notify`](grants::Notify) |
+//! | [`blkif`] | the block protocol: layouts of three ABIs, typed requests, [`BackendQueue`](blkif::BackendQueue), [`FrontendQueue`](blkif::FrontendQueue) |
+//! | [`fake`] | (feature `fake`) both ends in one process: an in-memory granter and grantee, a RAM disk, hostile peers |
+//!
+//! # To put it on a machine
+//! A **backend** program implements [`Grantee`](grants::Grantee) (map, unmap and copy a peer's references),
+//! [`Notify`](grants::Notify) and [`Disk`](blkif::Disk), then for each queue: `BackendQueue::connect`, and
+//! `process` at every event. A **frontend** program implements [`Granter`](grants::Granter) and `Notify`, then
+//! for each queue: `FrontendQueue::open` (gives the references to publish), `start` once the backend is
+//! connected, and `submit`, `kick`, `poll`.
+//!
+//! Raw mapped memory comes in through [`SharedPages::from_raw`](shared::SharedPages::from_raw), and goes to
+//! the disk as [`SharedSlice`](shared::SharedSlice), which has the layout of `struct iovec`.
+//!
+//! The crate is `no_std` with `alloc`. It takes no clock, no thread and no lock; time is told to it.
+//!
+//! ```
+//! use gnttab_abi::Abi;
+//! use gnttab_io::blkif::*;
+//! use gnttab_io::fake::{Event, FakeDomain, RamDisk};
+//!
+//! let disk = RamDisk::new(1024);
+//! let domain = FakeDomain::new();
+//! let (to_backend, to_frontend) = (Event::new(), Event::new());
+//!
+//! // The frontend makes and grants a ring of one page, the backend maps it.
+//! let mut front = FrontendQueue::new(domain.granter(), FrontendConfig::new(Abi::X86_64));
+//! let ring = front.open(1, to_backend.clone())?;
+//! let config = BackendConfig::new(Abi::X86_64, true);
+//! let mut back = BackendQueue::connect(domain.grantee(), &ring, config, disk.info())?;
+//! front.start(DeviceProperties { disk: disk.info(), barrier: false, persistent: true, max_indirect: 256 });
+//!
+//! front.submit(1, Io::Write { sector: 8, data: vec![0xA5; 4096] })?;
+//! front.submit(2, Io::Flush)?;
+//! front.kick();
+//! assert!(to_backend.take());
+//! back.process(&disk, &mut to_frontend.clone(), 32)?;
+//! assert!(to_frontend.take());
+//! assert_eq!(front.poll()?.expect("the write").result, Ok(()));
+//! assert_eq!(front.poll()?.expect("the flush").result, Ok(()));
+//! assert_eq!(front.poll()?, None);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+#![no_std]
+#![deny(unsafe_code)]
+
+extern crate alloc;
+#[cfg(any(test, feature = "fake"))]
+extern crate std;
+
+pub mod blkif;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+pub mod grants;
+pub mod ring;
+pub mod shared;

@@ -1,0 +1,25 @@
+//! The block protocol (spec 2): a frontend's sectors served by a backend through granted pages.
+
+mod backend;
+mod disk;
+mod frontend;
+mod layout;
+mod persistent;
+mod pool;
+mod request;
+
+pub use backend::{BackendConfig, BackendQueue, BackendStats, ConnectError, Failure, OneShot, Progress};
+pub use disk::{DiscardInfo, Disk, DiskError, DiskInfo};
+pub use frontend::{
+    Completion, DeviceBroken, DeviceProperties, FrontendConfig, FrontendQueue, FrontendStats, Io, IoError,
+    OpenError, RejectReason, Rejected,
+};
+pub use layout::{
+    ABSENT_PROTOCOL, MAX_DIRECT_SEGMENTS, MAX_INDIRECT_PAGES, MAX_INDIRECT_SEGMENTS, MAX_SLOT,
+    NATIVE_PROTOCOL, RawResponse, RawSegment, SECTOR_SIZE, SECTORS_PER_PAGE, SEGMENT_SIZE,
+    SEGMENTS_PER_INDIRECT_PAGE, Slot, protocol_from_name, protocol_name, response_size, slot_size,
+};
+pub use request::{
+    BadRequest, Direct, Direction, Discard, Indirect, Operation, Request, Segment, Status, Transfer, answer,
+    indirect_pages_for,
+};

@@ -1,0 +1,103 @@
+//! The frontend's pages that data is bounced through, with the grants that persist on them (spec 2.4).
+//!
+//! # Rules
+//! 1. A page is in the pool, or with exactly one request.
+//! 2. A page that a peer may still map is never given back as free: it is retired with its reference, and
+//!    the granter keeps both until access has ended.
+
+use alloc::collections::VecDeque;
+use alloc::vec::Vec;
+
+use gnttab_abi::GrantRef;
+
+use crate::grants::{Access, GrantError, Granter};
+
+/// One page and the reference that grants it, if any does.
+pub(super) struct PoolPage<P> {
+    pub(super) page: P,
+    pub(super) gref: Option<GrantRef>,
+}
+
+pub(super) struct Pool<P> {
+    free: VecDeque<PoolPage<P>>,
+    /// Pages that exist, in the pool or with requests.
+    pages: usize,
+    limit: usize,
+}
+
+impl<P> Pool<P> {
+    pub(super) fn new(limit: usize) -> Self {
+        Pool {
+            free: VecDeque::new(),
+            pages: 0,
+            limit,
+        }
+    }
+
+    /// Pages that can be taken now, if the granter has them.
+    pub(super) fn available(&self) -> usize {
+        self.free.len() + (self.limit - self.pages)
+    }
+
+    /// Pages that exist.
+    pub(super) fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Takes a page and makes sure that it is granted; pages whose grant persists come first.
+    pub(super) fn take<G: Granter<Pages = P>>(
+        &mut self,
+        granter: &mut G,
+        access: Access,
+    ) -> Result<(PoolPage<P>, GrantRef), GrantError> {
+        let mut taken = match self.free.pop_front() {
+            Some(page) => page,
+            None if self.pages < self.limit => {
+                let page = granter.alloc(1)?;
+                self.pages += 1;
+                PoolPage { page, gref: None }
+            }
+            None => return Err(GrantError::NoPages),
+        };
+        let gref = match taken.gref {
+            Some(gref) => gref,
+            None => match granter.grant(&taken.page, 0, access) {
+                Ok(gref) => gref,
+                Err(error) => {
+                    self.free.push_front(taken);
+                    return Err(error);
+                }
+            },
+        };
+        taken.gref = Some(gref);
+        Ok((taken, gref))
+    }
+
+    /// Puts a page back: at the head if the peer still maps it, so that it is used first, else at the tail.
+    pub(super) fn put(&mut self, page: PoolPage<P>) {
+        if page.gref.is_some() {
+            self.free.push_front(page);
+        } else {
+            self.free.push_back(page);
+        }
+    }
+
+    /// Gives a page up that the peer did not let go of.
+    pub(super) fn retire<G: Granter<Pages = P>>(&mut self, granter: &mut G, page: PoolPage<P>) {
+        self.pages -= 1;
+        granter.retire(page.page, page.gref.into_iter().collect());
+    }
+
+    /// Ends every grant and gives all free pages back: the connection is over, and the next peer must see
+    /// nothing of it (GST-6).
+    pub(super) fn empty<G: Granter<Pages = P>>(&mut self, granter: &mut G) {
+        for page in core::mem::take(&mut self.free) {
+            let still = match page.gref {
+                Some(gref) if !granter.end(gref) => Vec::from([gref]),
+                _ => Vec::new(),
+            };
+            self.pages -= 1;
+            granter.retire(page.page, still);
+        }
+    }
+}
