@@ -98,8 +98,8 @@ pub(crate) trait BlockDevice: Send {
     /// What the disk is.
     fn geometry(&self) -> Geometry;
 
-    /// Takes a request, or gives it back when the queue is full: it will fit after a completion.
-    fn submit(&mut self, request: Request) -> Result<(), Request>;
+    /// Takes a request. A queue that is full keeps it until there is room; whoever submits bounds how many there are.
+    fn submit(&mut self, request: Request);
 
     /// Tells the disk that no more requests follow for now; whatever was submitted must be under way afterwards.
     fn kick(&mut self);

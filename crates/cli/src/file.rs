@@ -84,14 +84,13 @@ impl BlockDevice for FileDevice {
         self.geometry
     }
 
-    fn submit(&mut self, mut request: Request) -> Result<(), Request> {
+    fn submit(&mut self, mut request: Request) {
         let result = self.perform(&mut request).map_err(|error| device_error(&error));
         self.done.push(Completion {
             tag: request.tag,
             result,
             data: request.data,
         });
-        Ok(())
     }
 
     fn kick(&mut self) {}

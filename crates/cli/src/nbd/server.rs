@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::connection::{Connection, Export};
 use super::listener::{Listener, Stream};
-use crate::block::{BlockDevice, Completion, Operation, Request};
+use crate::block::{BlockDevice, Completion, Operation};
 
 /// Clients at a time, over all queues; the next one is turned away by closing its connection.
 /// With what one of them can make us hold (64 MiB and a little) this bounds the server's memory.
@@ -128,7 +128,6 @@ impl Server {
                 mailbox,
                 clients: Vec::new(),
                 next_id: 0,
-                waiting: None,
             };
             let thread = thread::Builder::new()
                 .name(format!("queue {index}"))
@@ -291,8 +290,6 @@ struct Worker<D> {
     mailbox: mpsc::Receiver<Stream>,
     clients: Vec<Client>,
     next_id: u32,
-    /// A request that the full queue gave back.
-    waiting: Option<Request>,
 }
 
 impl<D: BlockDevice> Worker<D> {
@@ -359,18 +356,9 @@ impl<D: BlockDevice> Worker<D> {
         }
     }
 
-    /// Gives the disk what clients ask for, until they ask for nothing more or the queue is full.
+    /// Gives the disk what clients ask for; each is bounded in what it may have under way.
     fn submit(&mut self) -> bool {
         let mut any = false;
-        if let Some(request) = self.waiting.take() {
-            match self.device.submit(request) {
-                Ok(()) => any = true,
-                Err(request) => {
-                    self.waiting = Some(request);
-                    return false;
-                }
-            }
-        }
         for client in &mut self.clients {
             while let Some(mut request) = client.connection.next_request() {
                 if let Some(slot) = usize::try_from(request.tag)
@@ -380,16 +368,9 @@ impl<D: BlockDevice> Worker<D> {
                     *slot = (request.operation, request.length);
                 }
                 request.tag |= u64::from(client.id) << 32;
-                if let Err(request) = self.device.submit(request) {
-                    self.waiting = Some(request);
-                    return any;
-                }
+                self.device.submit(request);
                 any = true;
             }
-        }
-        // Whoever was first this time is last the next time, so that a full queue starves nobody.
-        if self.clients.len() > 1 {
-            self.clients.rotate_left(1);
         }
         any
     }

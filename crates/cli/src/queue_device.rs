@@ -1,0 +1,398 @@
+//! One queue of a blkif frontend as a [`BlockDevice`]: what the export asks becomes what blkif has.
+//!
+//! blkif has no zeroing and no write that is durable by itself, so zeroing becomes writes of zeros, a piece at a time, and
+//! a durable write becomes a write and then a flush. The queue is shared with whoever connects and reconnects it to its
+//! backend; while it is not connected requests wait in it, and after a reconnect those that were not answered are sent
+//! again.
+
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use gnttab_io::blkif::{self, FrontendQueue, Io, IoError};
+use gnttab_io::grants::{Granter, Notify};
+
+use crate::block::{BlockDevice, Completion, DeviceError, Geometry, Operation, Request};
+use crate::image::SECTOR;
+
+/// Bytes of zeros written at a time.
+const ZEROES: u64 = 128 << 10;
+
+/// The receiving end of a queue's event channel.
+pub(crate) trait Port: Notify + Send {
+    /// Forgets the events that have come.
+    fn clear(&mut self);
+}
+
+/// A queue that its worker and whoever connects it share. The lock is free but for the moments of connecting.
+pub(crate) struct SharedQueue<G: Granter, N> {
+    queue: Mutex<FrontendQueue<G, N>>,
+    /// Readable when the backend has sent an event on the current connection, or somebody wants the worker to look.
+    event: OwnedFd,
+    /// Called when the backend breaks the protocol.
+    on_broken: Box<dyn Fn(blkif::DeviceBroken) + Send + Sync>,
+}
+
+impl<G: Granter, N: Notify> SharedQueue<G, N> {
+    pub(crate) fn new(
+        queue: FrontendQueue<G, N>,
+        event: OwnedFd,
+        on_broken: impl Fn(blkif::DeviceBroken) + Send + Sync + 'static,
+    ) -> Self {
+        SharedQueue {
+            queue: Mutex::new(queue),
+            event,
+            on_broken: Box::new(on_broken),
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, FrontendQueue<G, N>> {
+        // Nothing that is done under the lock panics half-way.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+/// See the module.
+pub(crate) struct QueueDevice<G: Granter, N> {
+    shared: Arc<SharedQueue<G, N>>,
+    geometry: Geometry,
+    /// By token.
+    jobs: Vec<Option<Job>>,
+    free: Vec<usize>,
+    ready: Vec<Completion>,
+}
+
+/// A request of the export, and what of it is still to be done.
+#[derive(Debug)]
+struct Job {
+    tag: u64,
+    /// Zeroing: what has not been sent, first byte and the byte after the last.
+    zeroes: std::ops::Range<u64>,
+    /// A flush is to follow.
+    flush: bool,
+}
+
+impl<G: Granter, N: Port> QueueDevice<G, N> {
+    pub(crate) fn new(shared: Arc<SharedQueue<G, N>>, geometry: Geometry) -> Self {
+        QueueDevice {
+            shared,
+            geometry,
+            jobs: Vec::new(),
+            free: Vec::new(),
+            ready: Vec::new(),
+        }
+    }
+
+    fn begin(&mut self, job: Job) -> usize {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.jobs.push(None);
+            self.jobs.len() - 1
+        });
+        self.jobs[slot] = Some(job);
+        slot
+    }
+
+    fn send(&mut self, queue: &mut FrontendQueue<G, N>, slot: usize, io: Io) {
+        if let Err(rejected) = queue.submit(slot as u64, io) {
+            // The export checked the request against the geometry. A disk that has shrunk since then is an error.
+            self.end(slot, Err(DeviceError::Io), data_of(rejected.io));
+        }
+    }
+
+    fn end(&mut self, slot: usize, result: Result<(), DeviceError>, data: Vec<u8>) {
+        if let Some(job) = self.jobs.get_mut(slot).and_then(Option::take) {
+            self.free.push(slot);
+            self.ready.push(Completion {
+                tag: job.tag,
+                result,
+                data,
+            });
+        }
+    }
+
+    /// The next step of a job that has taken one, or its end.
+    fn go_on(&mut self, queue: &mut FrontendQueue<G, N>, done: blkif::Completion) {
+        let Ok(slot) = usize::try_from(done.token) else {
+            return;
+        };
+        let Some(job) = self.jobs.get_mut(slot).and_then(Option::as_mut) else {
+            return;
+        };
+        let mut data = data_of(done.io);
+        if let Err(error) = done.result {
+            let error = match error {
+                IoError::NotSupported => DeviceError::Unsupported,
+                IoError::Failed | IoError::Grant(_) => DeviceError::Io,
+            };
+            self.end(slot, Err(error), data);
+        } else if !job.zeroes.is_empty() {
+            let (start, length) = next_zeroes(&mut job.zeroes);
+            data.truncate(length);
+            self.send(
+                queue,
+                slot,
+                Io::Write {
+                    sector: start / SECTOR,
+                    data,
+                },
+            );
+        } else if std::mem::take(&mut job.flush) {
+            self.send(queue, slot, Io::Flush);
+        } else {
+            self.end(slot, Ok(()), data);
+        }
+    }
+}
+
+/// Takes the next piece off the front: where it starts, and its bytes.
+fn next_zeroes(left: &mut std::ops::Range<u64>) -> (u64, usize) {
+    let start = left.start;
+    let length = (left.end - start).min(ZEROES);
+    left.start += length;
+    (start, usize::try_from(length).unwrap_or(0))
+}
+
+fn data_of(io: Io) -> Vec<u8> {
+    match io {
+        Io::Read { data, .. } | Io::Write { data, .. } => data,
+        Io::Flush | Io::Discard { .. } => Vec::new(),
+    }
+}
+
+impl<G, N> BlockDevice for QueueDevice<G, N>
+where
+    G: Granter + Send,
+    G::Pages: Send,
+    N: Port,
+{
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn submit(&mut self, request: Request) {
+        let sector = request.offset / SECTOR;
+        let mut job = Job {
+            tag: request.tag,
+            zeroes: 0..0,
+            flush: false,
+        };
+        let io = match request.operation {
+            Operation::Read => Io::Read {
+                sector,
+                data: request.data,
+            },
+            Operation::Write { fua } => {
+                job.flush = fua;
+                Io::Write {
+                    sector,
+                    data: request.data,
+                }
+            }
+            Operation::Flush => Io::Flush,
+            Operation::Discard => Io::Discard {
+                sector,
+                count: u64::from(request.length) / SECTOR,
+                secure: false,
+            },
+            Operation::WriteZeroes { fua, .. } => {
+                job.flush = fua;
+                job.zeroes = request.offset..request.offset + u64::from(request.length);
+                let (_, length) = next_zeroes(&mut job.zeroes);
+                Io::Write {
+                    sector,
+                    data: vec![0; length],
+                }
+            }
+        };
+        let slot = self.begin(job);
+        let shared = Arc::clone(&self.shared);
+        self.send(&mut shared.lock(), slot, io);
+    }
+
+    fn kick(&mut self) {
+        self.shared.lock().kick();
+    }
+
+    fn completions(&mut self, into: &mut Vec<Completion>) {
+        let shared = Arc::clone(&self.shared);
+        let mut queue = shared.lock();
+        if let Some(port) = queue.port_mut() {
+            port.clear();
+        }
+        loop {
+            match queue.poll() {
+                Ok(Some(done)) => self.go_on(&mut queue, done),
+                Ok(None) => break,
+                Err(broken) => {
+                    (shared.on_broken)(broken);
+                    break;
+                }
+            }
+        }
+        drop(queue);
+        into.append(&mut self.ready);
+    }
+
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.shared.event())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use gnttab_abi::Abi;
+    use gnttab_io::blkif::{BackendConfig, BackendQueue, DeviceProperties, Disk as _, FrontendConfig};
+    use gnttab_io::fake::{Event, FakeDomain, FakeGrantee, FakeGranter};
+
+    use super::*;
+    use crate::image::Image;
+    use crate::image_disk::ImageDisk;
+
+    impl Port for Event {
+        fn clear(&mut self) {}
+    }
+
+    const SIZE: u64 = 4 << 20;
+
+    /// A frontend's device and the backend behind it, in one thread.
+    struct Pair {
+        device: QueueDevice<FakeGranter, Event>,
+        backend: BackendQueue<FakeGrantee>,
+        disk: ImageDisk,
+        image: Image,
+    }
+
+    impl Pair {
+        fn new() -> Self {
+            let image = Image::generate(SIZE).unwrap();
+            let disk = ImageDisk::new(image.file().try_clone().unwrap(), SIZE, false);
+            let domain = FakeDomain::new();
+            let mut front = FrontendQueue::new(domain.granter(), FrontendConfig::new(Abi::X86_64));
+            let ring = front.open(1, Event::new()).unwrap();
+            let config = BackendConfig::new(Abi::X86_64, true);
+            let backend = BackendQueue::connect(domain.grantee(), &ring, config, disk.info()).unwrap();
+            front.start(DeviceProperties {
+                disk: disk.info(),
+                barrier: false,
+                persistent: true,
+                max_indirect: 256,
+            });
+            let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+            let shared = Arc::new(SharedQueue::new(front, event, |broken| panic!("{broken}")));
+            let geometry = Geometry {
+                size: SIZE,
+                block_size: 512,
+                preferred_size: 4096,
+                read_only: false,
+                flush: true,
+                discard: true,
+            };
+            Pair {
+                device: QueueDevice::new(shared, geometry),
+                backend,
+                disk,
+                image,
+            }
+        }
+
+        fn run(&mut self, operation: Operation, offset: u64, length: usize, data: Vec<u8>) -> Completion {
+            let length = u32::try_from(length).unwrap();
+            self.device.submit(Request {
+                tag: 7,
+                operation,
+                offset,
+                length,
+                data,
+            });
+            let mut done = Vec::new();
+            for _ in 0..1000 {
+                self.device.kick();
+                self.backend.process(&self.disk, &mut Event::new(), 64).unwrap();
+                self.device.completions(&mut done);
+                if let Some(completion) = done.pop() {
+                    assert_eq!(completion.tag, 7);
+                    return completion;
+                }
+            }
+            panic!("no answer");
+        }
+
+        fn content(&self, offset: u64, length: usize) -> Vec<u8> {
+            use std::os::unix::fs::FileExt as _;
+            let mut bytes = vec![0; length];
+            self.image.file().read_exact_at(&mut bytes, offset).unwrap();
+            bytes
+        }
+    }
+
+    #[test]
+    fn reads_and_writes_of_any_length_cross_the_ring() {
+        let mut pair = Pair::new();
+        let read = pair.run(Operation::Read, 512, 1 << 20, vec![0; 1 << 20]);
+        assert_eq!(read.result, Ok(()));
+        assert!(read.data == pair.content(512, 1 << 20));
+        let data: Vec<u8> = (0..300 * 1024_u32).map(|i| i.to_le_bytes()[1] ^ 0x5a).collect();
+        let write = pair.run(Operation::Write { fua: false }, 4096, data.len(), data.clone());
+        assert_eq!(write.result, Ok(()));
+        assert!(pair.content(4096, data.len()) == data);
+    }
+
+    /// blkif has no write with forced unit access: it must flush behind the write, and only there.
+    #[test]
+    fn a_durable_write_is_a_write_and_a_flush() {
+        let mut pair = Pair::new();
+        pair.run(Operation::Write { fua: false }, 0, 512, vec![1; 512]);
+        assert_eq!(pair.backend.stats().flushes, 0);
+        pair.run(Operation::Write { fua: true }, 0, 512, vec![2; 512]);
+        assert_eq!(
+            (pair.backend.stats().writes, pair.backend.stats().flushes),
+            (2, 1)
+        );
+    }
+
+    #[test]
+    fn zeroing_writes_zeros_over_all_of_it_and_nothing_else() {
+        let mut pair = Pair::new();
+        let (offset, length) = (1024, 3 * 128 * 1024 + 512);
+        let (before, after) = (pair.content(0, 1024), pair.content(offset + length as u64, 1024));
+        assert_eq!(
+            pair.run(
+                Operation::WriteZeroes {
+                    fua: true,
+                    no_hole: true
+                },
+                offset,
+                length,
+                Vec::new()
+            )
+            .result,
+            Ok(())
+        );
+        assert!(pair.content(offset, length).iter().all(|&byte| byte == 0));
+        assert_eq!(
+            (pair.content(0, 1024), pair.content(offset + length as u64, 1024)),
+            (before, after)
+        );
+        assert_eq!(pair.backend.stats().flushes, 1);
+    }
+
+    #[test]
+    fn what_is_discarded_reads_as_zeros_from_a_file() {
+        let mut pair = Pair::new();
+        assert_eq!(
+            pair.run(Operation::Discard, 8192, 8192, Vec::new()).result,
+            Ok(())
+        );
+        assert_eq!(pair.content(8192, 8192), [0; 8192]);
+    }
+
+    #[test]
+    fn a_request_past_the_disk_is_an_error() {
+        let mut pair = Pair::new();
+        let past = pair.run(Operation::Read, SIZE, 512, vec![0; 512]);
+        assert_eq!(past.result, Err(DeviceError::Io));
+    }
+}

@@ -1,0 +1,136 @@
+//! `preadv` and `pwritev` between a file and pages that a peer may be writing, in full.
+//!
+//! Such memory must never become a `&[u8]`, so the safe wrappers that exist cannot take it. Addresses go to the kernel as they are.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd as _;
+
+use gnttab_io::shared::{SharedSlice, SharedSliceMut};
+
+/// The kernel takes so many pieces at once (`UIO_MAXIOV`).
+const MAX_PIECES: usize = 1024;
+
+/// Fills the slices from byte `offset` of the file on.
+///
+/// # Errors
+/// The system's, or `UnexpectedEof` if the file ends before; some of the slices may be filled then.
+pub(crate) fn read_at(file: &File, offset: u64, into: &[SharedSliceMut<'_>]) -> io::Result<()> {
+    let pieces = into
+        .iter()
+        .map(|slice| piece(slice.as_ptr(), slice.len()))
+        .collect();
+    in_full(offset, pieces, |pieces, count, offset| {
+        // SAFETY: each piece is mapped and writable as long as `into` is borrowed; `count` of them are there. Nobody has a
+        // reference to their bytes, and whoever else writes them harms only what is read.
+        unsafe { libc::preadv(file.as_raw_fd(), pieces, count, offset) }
+    })
+}
+
+/// Writes the slices from byte `offset` of the file on.
+///
+/// # Errors
+/// The system's; some of it may be written then.
+pub(crate) fn write_at(file: &File, offset: u64, from: &[SharedSlice<'_>]) -> io::Result<()> {
+    let pieces = from
+        .iter()
+        .map(|slice| piece(slice.as_ptr().cast_mut(), slice.len()))
+        .collect();
+    in_full(offset, pieces, |pieces, count, offset| {
+        // SAFETY: each piece is mapped and readable as long as `from` is borrowed, and is only read; `count` of them are
+        // there.
+        unsafe { libc::pwritev(file.as_raw_fd(), pieces, count, offset) }
+    })
+}
+
+fn piece(base: *mut u8, len: usize) -> libc::iovec {
+    libc::iovec {
+        iov_base: base.cast(),
+        iov_len: len,
+    }
+}
+
+/// Calls until all pieces are done.
+fn in_full(
+    mut offset: u64,
+    mut pieces: Vec<libc::iovec>,
+    call: impl Fn(*const libc::iovec, libc::c_int, libc::off_t) -> isize,
+) -> io::Result<()> {
+    let mut rest = &mut pieces[..];
+    while let Some(first) = rest.iter().position(|piece| piece.iov_len > 0) {
+        rest = &mut rest[first..];
+        let count =
+            libc::c_int::try_from(rest.len().min(MAX_PIECES)).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let at = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        match usize::try_from(call(rest.as_ptr(), count, at)) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(done) => {
+                offset += done as u64;
+                advance(rest, done);
+            }
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(())
+}
+
+/// Takes `done` bytes off the front.
+fn advance(pieces: &mut [libc::iovec], mut done: usize) {
+    for piece in pieces {
+        let step = piece.iov_len.min(done);
+        piece.iov_base = piece.iov_base.wrapping_byte_add(step);
+        piece.iov_len -= step;
+        done -= step;
+        if done == 0 {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt as _;
+
+    use gnttab_io::grants::Access;
+    use gnttab_io::shared::HeapPages;
+
+    use super::*;
+
+    /// More pieces than one call takes, of odd lengths.
+    #[test]
+    fn what_is_written_in_pieces_is_read_in_others() {
+        let file = tempfile::tempfile().unwrap();
+        let heap = HeapPages::zeroed(16);
+        let pages = heap.view_of(0, 16, Access::ReadWrite);
+        let content: Vec<u8> = (0..16 * 4096_u32)
+            .map(|i| i.to_le_bytes()[0] ^ i.to_le_bytes()[1])
+            .collect();
+        pages.write(0, &content);
+        let slices: Vec<SharedSlice<'_>> = (0..16 * 4096 / 32).map(|i| pages.slice(i * 32, 32)).collect();
+        assert!(slices.len() > MAX_PIECES);
+        write_at(&file, 512, &slices).unwrap();
+        let mut bytes = vec![0; content.len()];
+        file.read_exact_at(&mut bytes, 512).unwrap();
+        assert_eq!(bytes, content);
+
+        pages.zero();
+        read_at(
+            &file,
+            512,
+            &[
+                pages.slice_mut(0, 5),
+                pages.slice_mut(5, 0),
+                pages.slice_mut(5, 16 * 4096 - 5),
+            ],
+        )
+        .unwrap();
+        pages.read(0, &mut bytes);
+        assert_eq!(bytes, content);
+
+        let short = read_at(&file, 4096, &[pages.slice_mut(0, 16 * 4096)]).unwrap_err();
+        assert_eq!(short.kind(), io::ErrorKind::UnexpectedEof);
+    }
+}
