@@ -46,6 +46,8 @@ mod dump;
 mod engine;
 mod hypervisor;
 mod iommu;
+#[cfg(feature = "machine")]
+pub mod machine;
 mod map;
 mod maptrack;
 mod observe;

@@ -176,7 +176,10 @@ impl Frames {
 
     /// A zeroed frame at a chosen number; false if it is in use.
     pub(super) fn allocate_at(&mut self, mfn: Mfn, owner: PageOwner) -> bool {
-        if self.get(mfn).is_some_and(|frame| frame.info.owner != PageOwner::Free) {
+        if self
+            .get(mfn)
+            .is_some_and(|frame| frame.info.owner != PageOwner::Free)
+        {
             return false;
         }
         self.free.retain(|free| *free != mfn);
@@ -206,7 +209,9 @@ impl Frames {
 
     /// Takes a type; false if the frame is in use as another.
     pub(super) fn take_type(&mut self, mfn: Mfn, page_type: PageType) -> bool {
-        let Some(frame) = self.get_mut(mfn) else { return false };
+        let Some(frame) = self.get_mut(mfn) else {
+            return false;
+        };
         let info = &mut frame.info;
         if info.type_count != 0 && info.page_type != page_type {
             return false;
@@ -218,7 +223,9 @@ impl Frames {
 
     /// Makes the frame free: poisoned, and last in the queue for new use.
     pub(super) fn release(&mut self, mfn: Mfn) {
-        let Some(frame) = self.frames.get_mut(&mfn) else { return };
+        let Some(frame) = self.frames.get_mut(&mfn) else {
+            return;
+        };
         let poisoned = frame.words.write(0, &[POISON; PAGE_SIZE]);
         debug_assert!(poisoned, "the whole page lies in the page");
         frame.info = Frame::new(PageOwner::Free).info;

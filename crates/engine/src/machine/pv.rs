@@ -91,8 +91,11 @@ impl Pte {
         };
         let avail = u64::from(mapping.flags.bits() >> MapFlags::GUEST_AVAIL_SHIFT) & 7;
         bits |= avail << Pte::AVAIL_SHIFT;
-        let cache =
-            [(EntryFlags::PWT, Pte::PWT), (EntryFlags::PCD, Pte::PCD), (EntryFlags::PAT, Pte::PAT)];
+        let cache = [
+            (EntryFlags::PWT, Pte::PWT),
+            (EntryFlags::PCD, Pte::PCD),
+            (EntryFlags::PAT, Pte::PAT),
+        ];
         for (flag, bit) in cache {
             if mapping.cache.contains(flag) {
                 bits |= bit;
@@ -135,7 +138,11 @@ fn index(addr: u64, shift: u32) -> u16 {
 impl State {
     fn linear_slot(&self, domain: DomId, addr: u64) -> Result<Slot, HostError> {
         let guest = self.domain(domain);
-        let reserved = if guest.narrow { addr >= NARROW_HYPERVISOR_START } else { !plausible(addr) };
+        let reserved = if guest.narrow {
+            addr >= NARROW_HYPERVISOR_START
+        } else {
+            !plausible(addr)
+        };
         if reserved {
             return Err(HostError);
         }
@@ -146,7 +153,7 @@ impl State {
     }
 
     fn pte_slot(&self, domain: DomId, addr: u64) -> Result<Slot, HostError> {
-        if addr % 8 != 0 {
+        if !addr.is_multiple_of(8) {
             return Err(HostError);
         }
         self.checked_slot(domain, Mfn::containing(addr), index(addr, 3))
@@ -179,7 +186,9 @@ impl State {
 
     fn store_pte(&self, slot: Slot, pte: Pte) {
         if let Some(table) = self.frames.get(slot.table) {
-            let stored = table.words.write(usize::from(slot.index) * 8, &pte.0.to_le_bytes());
+            let stored = table
+                .words
+                .write(usize::from(slot.index) * 8, &pte.0.to_le_bytes());
             debug_assert!(stored, "an index is below 512");
         }
     }
@@ -215,7 +224,10 @@ impl State {
 
     /// Spec 4.4.1, remove/replace.
     pub(super) fn pv_unmap(&mut self, domain: DomId, unmapping: &HostUnmapping) -> Result<(), HostError> {
-        let moved = match (unmapping.flags.contains(MapFlags::CONTAINS_PTE), unmapping.new_addr) {
+        let moved = match (
+            unmapping.flags.contains(MapFlags::CONTAINS_PTE),
+            unmapping.new_addr,
+        ) {
             (_, 0) => None,
             (true, _) => return Err(HostError),
             (false, new_addr) => {
@@ -246,10 +258,7 @@ impl State {
         let slot = self.slot(domain, unmapping.addr, unmapping.flags)?;
         let found = self.load_pte(slot);
         let writable = !unmapping.flags.contains(MapFlags::READONLY);
-        if !found.has(Pte::PRESENT)
-            || found.mfn() != unmapping.mfn
-            || found.has(Pte::WRITABLE) != writable
-        {
+        if !found.has(Pte::PRESENT) || found.mfn() != unmapping.mfn || found.has(Pte::WRITABLE) != writable {
             return Err(HostError);
         }
         self.store_pte(slot, other);
@@ -269,13 +278,15 @@ impl State {
 
     /// The domain's own edit of the entry for a linear address. True if the entry is that now.
     pub(super) fn edit_pte(&mut self, domain: DomId, addr: u64, new: Pte) -> bool {
-        let Ok(slot) = self.linear_slot(domain, addr) else { return false };
-        let memory = self.frames.get(new.mfn()).is_some_and(|frame| frame.is_memory());
-        if new.has(Pte::PRESENT) && memory {
+        let Ok(slot) = self.linear_slot(domain, addr) else {
+            return false;
+        };
+        if new.has(Pte::PRESENT) {
             if self.frames.reference(new.mfn()).is_none() {
                 return false;
             }
-            if self.entry_holds_type(domain, new) && !self.get_type(new.mfn()) {
+            let memory = self.frames.live(new.mfn()).is_some();
+            if memory && self.entry_holds_type(domain, new) && !self.get_type(new.mfn()) {
                 self.put(new.mfn());
                 return false;
             }
@@ -288,25 +299,24 @@ impl State {
 
     /// Changes bits of an entry and nothing else.
     pub(super) fn set_pte_bits(&mut self, domain: DomId, addr: u64, bits: u64) -> bool {
-        let Ok(slot) = self.linear_slot(domain, addr) else { return false };
+        let Ok(slot) = self.linear_slot(domain, addr) else {
+            return false;
+        };
         self.store_pte(slot, Pte(self.load_pte(slot).0 | bits));
         true
     }
 
     /// The entry for a linear address; `None` without a table.
     pub(super) fn find_pte(&self, domain: DomId, addr: u64) -> Option<Pte> {
-        self.linear_slot(domain, addr).ok().map(|slot| self.load_pte(slot))
+        self.linear_slot(domain, addr)
+            .ok()
+            .map(|slot| self.load_pte(slot))
     }
 
     /// All present entries of a domain's level-1 tables.
     pub(super) fn present_ptes(&self, domain: DomId) -> Vec<Pte> {
-        let tables = self.domain(domain).tables.values();
-        let slots = tables.filter_map(|slot| match slot {
-            L2Slot::Table(table) => Some(*table),
-            L2Slot::Superpage(_) => None,
-        });
         let mut ptes = Vec::new();
-        for table in slots {
+        for table in self.own_tables(domain) {
             for index in 0..u16::try_from(PAGE_SIZE / 8).unwrap_or(0) {
                 let pte = self.load_pte(Slot { table, index });
                 if pte.has(Pte::PRESENT) {
@@ -317,15 +327,26 @@ impl State {
         ptes
     }
 
+    /// The level-1 tables that are the domain's; a scene may also have hung in others.
+    fn own_tables(&self, domain: DomId) -> Vec<Mfn> {
+        let slots = self.domain(domain).tables.values();
+        let tables = slots.filter_map(|slot| match slot {
+            L2Slot::Table(table) => Some(*table),
+            L2Slot::Superpage(_) => None,
+        });
+        tables
+            .filter(|table| self.frames.is_owned_by(*table, domain))
+            .collect()
+    }
+
     /// Tears a domain's page tables down: every entry drops what it held (spec 7.2).
     pub(super) fn drop_tables(&mut self, domain: DomId) {
         for pte in self.present_ptes(domain) {
             self.drop_pte(domain, pte);
         }
-        for (_, slot) in core::mem::take(&mut self.domain_mut(domain).tables) {
-            if let L2Slot::Table(table) = slot {
-                self.stop_use(table);
-            }
+        for table in self.own_tables(domain) {
+            self.stop_use(table);
         }
+        self.domain_mut(domain).tables.clear();
     }
 }
