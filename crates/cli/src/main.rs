@@ -7,6 +7,7 @@
 
 mod args;
 mod block;
+mod demo;
 mod disk;
 mod failure;
 mod file;

@@ -1,0 +1,3 @@
+//! `gnttab demo`: a disk served from one domain to another, and a hostile third.
+
+pub(crate) mod workload;
