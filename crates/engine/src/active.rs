@@ -18,10 +18,9 @@
 //!
 //! What must always hold: no pins means the word is 0 or only `busy`; each counter is at most 128.
 
-use core::hint::spin_loop;
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use gnttab_abi::{DomId, GrantRef, MapFlags, Mfn};
+
+use crate::sync::{AtomicU64, Ordering, spin_loop};
 
 /// Counters to be added to, or taken from, an entry's pins: at most one of each kind.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -182,7 +181,7 @@ pub(crate) struct Active {
 }
 
 impl Active {
-    pub(crate) const fn new() -> Active {
+    pub(crate) fn new() -> Active {
         Active {
             state: AtomicU64::new(0),
             mfn: AtomicU64::new(0),
@@ -218,7 +217,8 @@ impl Active {
     /// Takes the entry for a step that touches the shared entry (protocol step 2). `None`: the
     /// state has moved.
     pub(crate) fn claim(&self, seen: State) -> Option<Claim<'_>> {
-        self.exchange(seen, State(seen.0 | State::BUSY)).then_some(Claim {
+        // Lazily: a claim that was not had must not be made, for its drop writes.
+        self.exchange(seen, State(seen.0 | State::BUSY)).then(|| Claim {
             entry: self,
             result: seen,
         })
@@ -367,6 +367,15 @@ mod tests {
         let before = entry.load();
         drop(entry.claim(before).unwrap());
         assert_eq!(entry.load(), before);
+    }
+
+    #[test]
+    fn a_claim_that_was_not_had_changes_nothing() {
+        let entry = Active::new();
+        let before = entry.load();
+        first(&entry, Pins::HOST_READ);
+        assert!(entry.claim(before).is_none());
+        assert!(entry.load().is_pinned());
     }
 
     #[test]

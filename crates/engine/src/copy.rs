@@ -11,7 +11,6 @@
 //! 3. The frame whose bytes move is the one that was referenced and typed (CPY-1).
 
 use alloc::sync::Arc;
-use core::sync::atomic::Ordering;
 
 use gnttab_abi::{
     Copy, CopyFlags, CopyPtr, DomId, EntryFlags, EntryType, Gfn, GrantRef, GrantStatus, Mfn, Op, PAGE_SIZE,
@@ -23,6 +22,7 @@ use crate::domain::{Domain, Reference, Vcpu, Version};
 use crate::engine::Processor;
 use crate::hypervisor::{Access, FrameOwner, Hook, Hypervisor};
 use crate::map::{status_of, unpin};
+use crate::sync::Ordering;
 use crate::table::{Entry, SharedEntry};
 
 /// Times that a transitive item starts over when its entry changes underneath, before it fails

@@ -3,13 +3,13 @@
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use gnttab_abi::{DomId, GrantStatus, Mfn, Op};
 use spin::Mutex;
 
 use crate::hypervisor::{DomainKind, Hypervisor};
 use crate::maptrack::Maptrack;
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::table::Table;
 
 /// A layout of the table.

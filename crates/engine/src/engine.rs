@@ -6,7 +6,8 @@ use gnttab_abi::DomId;
 
 use crate::domain::{Config, CreateError, Domain, Limits};
 use crate::hypervisor::{DomainKind, Hypervisor};
-use crate::registry::{Inside, Registry, Slot};
+use crate::presence::Slot;
+use crate::registry::{Inside, Registry};
 
 /// The hypervisor's half of grant tables. See the crate's front page.
 pub struct Engine<H: Hypervisor> {
@@ -68,7 +69,7 @@ impl<H: Hypervisor> Engine<H> {
     /// processor ([`Config::processors`]) or somebody holds it.
     pub fn processor(&self, number: usize) -> Option<Processor<'_, H>> {
         let slot = self.registry.slot(number)?;
-        slot.take().then_some(Processor { engine: self, slot })
+        slot.take().then(|| Processor { engine: self, slot })
     }
 
     /// Some processor that nobody holds.

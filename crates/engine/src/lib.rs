@@ -33,7 +33,7 @@
 #![deny(unsafe_code)]
 
 extern crate alloc;
-#[cfg(test)]
+#[cfg(any(test, loom))]
 extern crate std;
 
 mod active;
@@ -50,12 +50,16 @@ mod iommu;
 pub mod machine;
 mod map;
 mod maptrack;
+#[cfg(all(test, loom))]
+mod models;
 mod observe;
+mod presence;
 mod registry;
 mod segments;
 mod setup;
 mod shared;
 mod swap;
+mod sync;
 mod table;
 mod teardown;
 mod transfer;

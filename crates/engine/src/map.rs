@@ -4,7 +4,7 @@
 //! policy; a handle; the reference; the entry in use by another; the entry's own word; the frame;
 //! the frame's owner; its type; the host mapping; the I/O MMU.
 
-use gnttab_abi::{EntryFlags, Gfn, GrantHandle, GrantStatus, MapFlags, MapGrantRef, Mfn, Op};
+use gnttab_abi::{DomId, EntryFlags, Gfn, GrantHandle, GrantStatus, MapFlags, MapGrantRef, Mfn, Op};
 
 use crate::active::{Pins, State, UseKind};
 use crate::claim::{Wanted, begin_use, end_use, marks_to_clear};
@@ -151,7 +151,9 @@ impl<H: Hypervisor> Mapping<'_, H> {
         // 6
         let entry = view.entry(self.item.gref).ok_or(GrantStatus::BAD_GNTREF)?;
         // 7 to 10
-        let (mfn, resolved) = self.pin(&entry)?;
+        let access = access_of(self.item.flags);
+        let resolve = |gfn| self.hv.resolve(self.granter.private(), gfn, access);
+        let (mfn, resolved) = pin(self.hv, &entry, self.caller.id(), access, self.pins, resolve)?;
         self.hv.hook(Hook::MapPinned);
         // 11: the cache bits as they are now
         let cache = entry.shared.load_head().flags & (EntryFlags::PWT | EntryFlags::PCD | EntryFlags::PAT);
@@ -171,47 +173,6 @@ impl<H: Hypervisor> Mapping<'_, H> {
             self.undo(&entry, mfn, &taken);
         }
         done.map(|()| mfn).map_err(|Failed| GrantStatus::GENERAL_ERROR)
-    }
-
-    /// Steps 7 to 10: a share in the entry, and the frame. A first use also holds the reference
-    /// that its look-up took.
-    fn pin(&self, entry: &Entry<'_>) -> Result<(Mfn, Option<Resolved>), GrantStatus> {
-        let user = self.caller.id();
-        let access = access_of(self.item.flags);
-        loop {
-            let state = entry.active.load();
-            let pinned = state.is_pinned();
-            if pinned && (state.grantee() != user || state.is_full_for(self.pins) || state.is_partial()) {
-                return Err(GrantStatus::GENERAL_ERROR);
-            }
-            if pinned && (access == Access::Read || state.is_write_pinned()) {
-                if entry.active.add_pins(state, self.pins) {
-                    return Ok((entry.active.mfn(), None));
-                }
-                continue;
-            }
-            let Some(claim) = entry.active.claim(state) else {
-                continue;
-            };
-            begin_use(self.hv, &entry.shared, pinned, user, access, Wanted::Whole)
-                .map_err(|_| GrantStatus::GENERAL_ERROR)?;
-            self.hv.hook(Hook::MapValidated);
-            if pinned {
-                claim.publish_more(self.pins);
-                return Ok((entry.active.mfn(), None));
-            }
-            let gfn = Gfn(entry.shared.load_frame());
-            match self.hv.resolve(self.granter.private(), gfn, access) {
-                Ok(resolved) => {
-                    claim.publish_first(resolved.mfn, State::first(user, UseKind::Whole, self.pins));
-                    return Ok((resolved.mfn, Some(resolved)));
-                }
-                Err(error) => {
-                    end_use(&entry.shared, state, access);
-                    return Err(status_of(error));
-                }
-            }
-        }
     }
 
     /// Steps 13 to 16: references, types and mappings.
@@ -317,6 +278,51 @@ impl<H: Hypervisor> Mapping<'_, H> {
 /// A step of 13 to 16 failed: *general_error*.
 #[derive(Debug)]
 struct Failed;
+
+/// Steps 7 to 10: a share in the entry, and the frame. A first use also holds the reference that
+/// its look-up took.
+pub(crate) fn pin<H: Hypervisor>(
+    hv: &H,
+    entry: &Entry<'_>,
+    user: DomId,
+    access: Access,
+    wanted: Pins,
+    resolve: impl Fn(Gfn) -> Result<Resolved, ResolveError>,
+) -> Result<(Mfn, Option<Resolved>), GrantStatus> {
+    loop {
+        let state = entry.active.load();
+        let pinned = state.is_pinned();
+        if pinned && (state.grantee() != user || state.is_full_for(wanted) || state.is_partial()) {
+            return Err(GrantStatus::GENERAL_ERROR);
+        }
+        if pinned && (access == Access::Read || state.is_write_pinned()) {
+            if entry.active.add_pins(state, wanted) {
+                return Ok((entry.active.mfn(), None));
+            }
+            continue;
+        }
+        let Some(claim) = entry.active.claim(state) else {
+            continue;
+        };
+        begin_use(hv, &entry.shared, pinned, user, access, Wanted::Whole)
+            .map_err(|_| GrantStatus::GENERAL_ERROR)?;
+        hv.hook(Hook::MapValidated);
+        if pinned {
+            claim.publish_more(wanted);
+            return Ok((entry.active.mfn(), None));
+        }
+        match resolve(Gfn(entry.shared.load_frame())) {
+            Ok(resolved) => {
+                claim.publish_first(resolved.mfn, State::first(user, UseKind::Whole, wanted));
+                return Ok((resolved.mfn, Some(resolved)));
+            }
+            Err(error) => {
+                end_use(&entry.shared, state, access);
+                return Err(status_of(error));
+            }
+        }
+    }
+}
 
 /// Lowers pins and tells the shared entry if that ends a use (spec 4.3).
 pub(crate) fn unpin(entry: &Entry<'_>, pins: Pins, ended: Access) {

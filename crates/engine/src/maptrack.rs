@@ -13,16 +13,15 @@
 //! handle numbers are ours to choose, the point at which *no_space* comes is not.
 
 use alloc::vec::Vec;
-use core::hint::spin_loop;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use gnttab_abi::{DomId, GrantHandle, GrantRef, MapFlags};
 use spin::Mutex;
 
 use crate::segments::Segments;
+use crate::sync::{AtomicU32, AtomicU64, Ordering, spin_loop};
 
-/// Records in one maptrack page.
-pub(crate) const RECORDS_PER_PAGE: u32 = 256;
+/// Records in one maptrack page. Few for the model checker, to which each word is dear.
+pub(crate) const RECORDS_PER_PAGE: u32 = if cfg!(loom) { 4 } else { 256 };
 
 /// What a live record says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,20 +1,11 @@
-//! Who is inside which table: look-up of domains, and the one lock that readers do not take.
+//! Which domains there are, and entering their tables.
 //!
-//! Every operation looks into one table at a time. A processor that enters a table writes the
-//! domain's number into its own slot and then looks whether the domain is there and its gate
-//! open; it wipes the slot when it leaves. Whoever needs a table for itself (a change of version,
-//! a swap, removal of the domain) shuts the gate, or takes the domain out of the list, and then
-//! waits until no slot holds the domain's number. Both sides write before they look, in the single
-//! order of sequentially consistent operations, so at least one sees the other:
-//!
-//! ```text
-//! reader: slot = id;  look at list and gate      writer: list or gate;  look at every slot
-//! ```
-//!
+//! Every operation looks into one table at a time. `presence` explains how a processor enters one
+//! without taking a lock, and how another has it alone; the tag is the domain's number plus one.
 //! What must always hold:
-//! 1. A processor is inside at most one table (`enter` borrows it exclusively), so no two wait for
-//!    each other; never are two tables held together (spec 8.1).
-//! 2. Inside, nothing waits for anything but another reader's step on the same entry.
+//! 1. A processor is inside at most one table (`Processor::enter` borrows it exclusively), so no
+//!    two wait for each other; never are two tables held together (spec 8.1).
+//! 2. Inside, nothing waits for anything but another processor's step on the same entry.
 //! 3. A `Domain` that a slot names, and that the list held after the slot was written, is not freed
 //!    until the slot is wiped. This is what makes the one `unsafe` look-up sound.
 
@@ -23,44 +14,29 @@
     reason = "look-up without a reference count, made sound by rule 3"
 )]
 
-use alloc::boxed::Box;
 use alloc::sync::Arc;
-use core::hint::spin_loop;
 use core::marker::PhantomData;
 use core::ops::Deref;
 use core::ptr;
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 
 use gnttab_abi::DomId;
 use spin::Mutex;
 
 use crate::domain::Domain;
 use crate::hypervisor::Hypervisor;
+use crate::presence::{Presence, Slot};
 use crate::segments::Segments;
+use crate::sync::{AtomicPtr, Ordering, spin_loop};
 
-/// A processor's slot, on a cache line of its own.
-#[repr(align(64))]
-pub(crate) struct Slot {
-    /// 0: outside; otherwise the domain's number plus one.
-    inside: AtomicU32,
-    taken: AtomicBool,
-}
-
-impl Slot {
-    /// Takes the slot for one holder; false if it has one.
-    pub(crate) fn take(&self) -> bool {
-        !self.taken.swap(true, Ordering::Acquire)
-    }
-
-    pub(crate) fn give_back(&self) {
-        self.taken.store(false, Ordering::Release);
-    }
+/// What a processor inside a domain's table writes into its slot.
+fn tag(id: DomId) -> u32 {
+    u32::from(id.0) + 1
 }
 
 /// See the module.
 pub(crate) struct Registry<H: Hypervisor> {
     domains: Segments<AtomicPtr<Domain<H>>, 64, 10>,
-    slots: Box<[Slot]>,
+    presence: Presence,
     /// Serialises insertion and removal.
     changing: Mutex<()>,
     owns: PhantomData<Arc<Domain<H>>>,
@@ -68,24 +44,20 @@ pub(crate) struct Registry<H: Hypervisor> {
 
 impl<H: Hypervisor> Registry<H> {
     pub(crate) fn new(processors: usize) -> Registry<H> {
-        let slot = |_| Slot {
-            inside: AtomicU32::new(0),
-            taken: AtomicBool::new(false),
-        };
         Registry {
             domains: Segments::new(),
-            slots: (0..processors).map(slot).collect(),
+            presence: Presence::new(processors),
             changing: Mutex::new(()),
             owns: PhantomData,
         }
     }
 
     pub(crate) fn slot(&self, number: usize) -> Option<&Slot> {
-        self.slots.get(number)
+        self.presence.slot(number)
     }
 
     pub(crate) fn slots(&self) -> usize {
-        self.slots.len()
+        self.presence.len()
     }
 
     /// Makes a domain findable; gives it back if its number is taken or there is no memory.
@@ -115,7 +87,7 @@ impl<H: Hypervisor> Registry<H> {
         if found.is_null() {
             return None;
         }
-        self.wait_until_left(id);
+        self.presence.wait_until_left(tag(id));
         // SAFETY: the pointer came from `Arc::into_raw` in `insert`, was in the list until now and
         // is taken out once; no processor is inside that could still use it (rule 3).
         Some(unsafe { Arc::from_raw(found) })
@@ -151,43 +123,29 @@ impl<H: Hypervisor> Registry<H> {
         }
         let place = self.domains.get(usize::from(id.0))?;
         loop {
-            slot.inside.swap(u32::from(id.0) + 1, Ordering::SeqCst);
+            slot.announce(tag(id));
             let found = place.load(Ordering::SeqCst);
             if found.is_null() {
-                slot.inside.store(0, Ordering::Release);
+                slot.leave();
                 return None;
             }
             // SAFETY: the slot was written before the list was read, so `remove` waits for the
             // slot before it frees what was found (rule 3). The borrow ends with `Inside`, which
             // wipes the slot.
             let domain = unsafe { &*found };
-            if domain.table.gate.load(Ordering::SeqCst) == 0 {
+            if domain.table.gate.is_open() {
                 return Some(Inside { slot, domain });
             }
-            slot.inside.store(0, Ordering::Release);
+            slot.leave();
             spin_loop();
         }
     }
 
     /// Shuts a table's gate and waits until everybody has left. The caller is inside no table.
     pub(crate) fn exclude<'a>(&'a self, domain: &'a Domain<H>) -> Excluded<'a, H> {
-        let gate = &domain.table.gate;
-        while gate
-            .compare_exchange_weak(0, 1, Ordering::SeqCst, Ordering::Relaxed)
-            .is_err()
-        {
-            spin_loop();
-        }
-        self.wait_until_left(domain.id());
+        domain.table.gate.shut();
+        self.presence.wait_until_left(tag(domain.id()));
         Excluded { domain }
-    }
-
-    fn wait_until_left(&self, id: DomId) {
-        for slot in &self.slots {
-            while slot.inside.load(Ordering::SeqCst) == u32::from(id.0) + 1 {
-                spin_loop();
-            }
-        }
     }
 }
 
@@ -228,7 +186,7 @@ impl<H: Hypervisor> Deref for Inside<'_, H> {
 
 impl<H: Hypervisor> Drop for Inside<'_, H> {
     fn drop(&mut self) {
-        self.slot.inside.store(0, Ordering::Release);
+        self.slot.leave();
     }
 }
 
@@ -240,6 +198,6 @@ pub(crate) struct Excluded<'a, H: Hypervisor> {
 
 impl<H: Hypervisor> Drop for Excluded<'_, H> {
     fn drop(&mut self) {
-        self.domain.table.gate.store(0, Ordering::SeqCst);
+        self.domain.table.gate.open();
     }
 }

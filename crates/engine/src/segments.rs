@@ -11,7 +11,8 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ptr;
-use core::sync::atomic::{AtomicPtr, Ordering};
+
+use crate::sync::{AtomicPtr, Ordering};
 
 /// No memory for a further segment; nothing was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,10 +34,10 @@ impl<T, const FIRST: usize, const SEGMENTS: usize> Segments<T, FIRST, SEGMENTS> 
     #[cfg(test)]
     const LIMIT: usize = FIRST * ((1 << SEGMENTS) - 1);
 
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         const { assert!(FIRST.is_power_of_two()) };
         Segments {
-            segments: [const { AtomicPtr::new(ptr::null_mut()) }; SEGMENTS],
+            segments: core::array::from_fn(|_| AtomicPtr::new(ptr::null_mut())),
         }
     }
 
@@ -104,8 +105,8 @@ impl<T, const FIRST: usize, const SEGMENTS: usize> Segments<T, FIRST, SEGMENTS> 
 
 impl<T, const FIRST: usize, const SEGMENTS: usize> Drop for Segments<T, FIRST, SEGMENTS> {
     fn drop(&mut self) {
-        for (k, slot) in self.segments.iter_mut().enumerate() {
-            let base = *slot.get_mut();
+        for (k, slot) in self.segments.iter().enumerate() {
+            let base = slot.load(Ordering::Acquire);
             if !base.is_null() {
                 let segment = ptr::slice_from_raw_parts_mut(base, Self::size(k));
                 // SAFETY: pointer and length are those of the box that `grow` gave up.

@@ -13,10 +13,14 @@
     reason = "the one place where shared memory is turned into atomics"
 )]
 
+#[cfg(not(loom))]
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
-use gnttab_abi::{EntryFlags, EntryHead, EntryV1, EntryV2, PAGE_SIZE};
+#[cfg(not(loom))]
+use gnttab_abi::PAGE_SIZE;
+use gnttab_abi::{EntryFlags, EntryHead, EntryV1, EntryV2};
+
+use crate::sync::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 /// One page that a guest shares, as atomic words.
 ///
@@ -29,13 +33,52 @@ use gnttab_abi::{EntryFlags, EntryHead, EntryV1, EntryV2, PAGE_SIZE};
 /// let page = PageWords::zeroed();
 /// assert_eq!(page.read_bytes::<8>(4088), Some([0; 8]));
 /// ```
+#[cfg(not(loom))]
 #[repr(C, align(4096))]
 pub struct PageWords(UnsafeCell<[u8; PAGE_SIZE]>);
 
-// SAFETY: every access to the bytes goes through atomics or through `copy_within_pages`, whose
-// contract allows concurrent writers; no reference to the bytes is ever handed out.
+/// The first words of a page, each width by itself, for the model checker, whose atomics are no
+/// plain memory. The models use no word by two widths.
+#[cfg(loom)]
+pub struct PageWords {
+    words16: [AtomicU16; 4],
+    words32: [AtomicU32; 8],
+    words64: [AtomicU64; 4],
+}
+
+#[cfg(loom)]
+impl PageWords {
+    /// A page of zeros.
+    #[must_use]
+    pub fn zeroed() -> PageWords {
+        PageWords {
+            words16: core::array::from_fn(|_| AtomicU16::new(0)),
+            words32: core::array::from_fn(|_| AtomicU32::new(0)),
+            words64: core::array::from_fn(|_| AtomicU64::new(0)),
+        }
+    }
+
+    pub(crate) fn u16(&self, index: usize) -> &AtomicU16 {
+        &self.words16[index]
+    }
+
+    pub(crate) fn u32(&self, index: usize) -> &AtomicU32 {
+        &self.words32[index]
+    }
+
+    fn u64(&self, index: usize) -> &AtomicU64 {
+        &self.words64[index]
+    }
+
+    pub(crate) fn clear(&self) {}
+}
+
+// SAFETY: every access to the bytes goes through atomics or through `copy`, whose contract allows
+// concurrent writers; no reference to the bytes is ever handed out.
+#[cfg(not(loom))]
 unsafe impl Sync for PageWords {}
 
+#[cfg(not(loom))]
 impl PageWords {
     /// A page of zeros.
     #[must_use]

@@ -7,8 +7,6 @@
 //!    and no reader is inside (see `registry`).
 //! 4. `admin` serialises growth, version changes and placement; readers never take it.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-
 use gnttab_abi::{
     DomId, ENTRY_V1_SIZE, EntryHead, GrantRef, STATUS_PER_PAGE, V1_ENTRIES_PER_PAGE, V2_ENTRIES_PER_PAGE,
     status_pages_for,
@@ -18,12 +16,14 @@ use spin::{Mutex, Once};
 use crate::active::{Active, Extra};
 use crate::domain::Version;
 use crate::hypervisor::{Hook, Hypervisor};
+use crate::presence::Gate;
 use crate::segments::{OutOfMemory, Segments};
 use crate::shared::{PageWords, SharedV1, SharedV2};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// See the module.
 pub(crate) struct Table<P> {
-    pub(crate) gate: AtomicU32,
+    pub(crate) gate: Gate,
     pub(crate) admin: Mutex<()>,
     version: AtomicU32,
     max_frames: u32,
@@ -45,7 +45,7 @@ impl<P: AsRef<PageWords>> Table<P> {
         H: Hypervisor<TablePage = P>,
     {
         let table = Table {
-            gate: AtomicU32::new(0),
+            gate: Gate::new(),
             admin: Mutex::new(()),
             version: AtomicU32::new(1),
             max_frames,
@@ -253,6 +253,18 @@ pub(crate) struct Entry<'a> {
     pub(crate) active: &'a Active,
     pub(crate) shared: SharedEntry<'a>,
     extra: Option<&'a AtomicU64>,
+}
+
+#[cfg(all(test, loom))]
+impl<'a> Entry<'a> {
+    /// An entry of no table, for the models.
+    pub(crate) fn alone(active: &'a Active, shared: SharedEntry<'a>) -> Entry<'a> {
+        Entry {
+            active,
+            shared,
+            extra: None,
+        }
+    }
 }
 
 impl Entry<'_> {

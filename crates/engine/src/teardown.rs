@@ -5,13 +5,12 @@
 //! [`Engine::retire`]. A domain whose frames others still use stays findable, with its table, until
 //! the last of them lets go, and then goes by itself.
 
-use core::sync::atomic::Ordering;
-
 use gnttab_abi::{DomId, GrantHandle, GrantRef};
 
 use crate::domain::{Domain, Vcpu};
 use crate::engine::{Engine, Processor};
 use crate::hypervisor::{Hook, Hypervisor};
+use crate::sync::Ordering;
 
 /// How far the release of a dead domain's mappings got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,8 +5,6 @@
 //! reserved ones in use; memory; going back, no copy that depends on version 2, reserved entries
 //! that fit, status frames that nobody holds.
 
-use core::sync::atomic::Ordering;
-
 use gnttab_abi::{
     DomId, EntryFlags, EntryHead, EntryType, EntryV1, EntryV2, Errno, GrantRef, NR_RESERVED_ENTRIES, Op,
 };
@@ -14,6 +12,7 @@ use gnttab_abi::{
 use crate::domain::{Domain, Vcpu, Version};
 use crate::engine::Processor;
 use crate::hypervisor::{Hook, Hypervisor};
+use crate::sync::Ordering;
 use crate::table::SharedEntry;
 
 impl<H: Hypervisor> Processor<'_, H> {
