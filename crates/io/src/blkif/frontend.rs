@@ -353,6 +353,12 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
         self.kick();
     }
 
+    /// Whether there is a ring that a backend may use.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.link.is_some()
+    }
+
     /// Whether requests reach a backend.
     #[must_use]
     pub fn is_running(&self) -> bool {
@@ -393,6 +399,34 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
             .into_values()
             .map(|pending| (pending.token, pending.io))
             .collect()
+    }
+
+    /// Takes an operation in, unchecked: a new one, or what another queue of the device left unfinished.
+    pub(super) fn adopt(&mut self, (token, io): (u64, Io)) {
+        let id = self.next_io;
+        self.next_io += 1;
+        let units = units(&io);
+        self.pending.insert(
+            id,
+            Pending {
+                token,
+                io,
+                left: units,
+                result: Ok(()),
+            },
+        );
+        self.unsent.push_back(Unsent {
+            io: id,
+            offset: 0,
+            units,
+        });
+    }
+
+    /// Forgets operations with this token: they are not sent any more, and not reported.
+    pub(super) fn withdraw(&mut self, token: u64) {
+        self.pending.retain(|_, pending| pending.token != token);
+        self.unsent.retain(|rest| self.pending.contains_key(&rest.io));
+        self.done.retain(|done| done.token != token);
     }
 
     /// What the current connection, or the last one, said of the device.

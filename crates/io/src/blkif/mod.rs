@@ -1,6 +1,7 @@
 //! The block protocol (spec 2): a frontend's sectors served by a backend through granted pages.
 
 mod backend;
+mod device;
 mod disk;
 mod frontend;
 mod layout;
@@ -9,6 +10,7 @@ mod pool;
 mod request;
 
 pub use backend::{BackendConfig, BackendQueue, BackendStats, ConnectError, Failure, OneShot, Progress};
+pub use device::{BlockDevice, BlockingError};
 pub use disk::{DiscardInfo, Disk, DiskError, DiskInfo};
 pub use frontend::{
     Completion, DeviceBroken, DeviceProperties, FrontendConfig, FrontendQueue, FrontendStats, Io, IoError,

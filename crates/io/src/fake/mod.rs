@@ -7,8 +7,10 @@ mod disk;
 mod domain;
 mod event;
 mod hostile;
+mod rig;
 
-pub use disk::RamDisk;
+pub use disk::{Call, RamDisk};
 pub use domain::{FakeDomain, FakeGrantee, FakeGranter, FakeMapping, FakePages, FaultPoint};
 pub use event::{Event, NullPort};
 pub use hostile::{HostileBackend, HostileFrontend};
+pub use rig::{Rig, RigConfig};

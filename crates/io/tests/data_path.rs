@@ -1,0 +1,206 @@
+//! Frontend and backend against each other: every combination of what can be negotiated, by digest.
+
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+
+use gnttab_abi::Abi;
+use gnttab_io::blkif::{DiskInfo, Io, OneShot};
+use gnttab_io::fake::{RamDisk, Rig, RigConfig};
+
+/// A small generator, so that every run does the same.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 33
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    fn bytes(&mut self, len: usize) -> Vec<u8> {
+        (0..len)
+            .map(|_| u8::try_from(self.next() & 0xFF).unwrap())
+            .collect()
+    }
+}
+
+fn digest(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    hasher.finish()
+}
+
+const SECTORS: u64 = 2048;
+
+/// Fills the disk with many writes in flight, of all lengths, then reads it back in other pieces.
+fn round_trip(config: RigConfig, info: DiskInfo) {
+    let unit = u64::from(info.sector_size / 512);
+    let random = &mut Random(7);
+    let mut model = random.bytes(usize::try_from(SECTORS).unwrap() * 512);
+    let mut rig = Rig::with_disk(config, RamDisk::with_info(info, model.clone()));
+
+    let mut token = 0;
+    let mut at = 0;
+    while at < SECTORS {
+        let count = (unit * (1 + random.below(300 / unit))).min(SECTORS - at);
+        let data = random.bytes(usize::try_from(count * 512).unwrap());
+        let start = usize::try_from(at * 512).unwrap();
+        model[start..start + data.len()].copy_from_slice(&data);
+        rig.device.submit(token, Io::Write { sector: at, data }).unwrap();
+        token += 1;
+        at += count;
+    }
+    rig.device.submit(token, Io::Flush).unwrap();
+    drain(&mut rig, token + 1);
+    assert_eq!(
+        digest(&rig.disk.content()),
+        digest(&model),
+        "written through {config:?}"
+    );
+
+    let mut at = 0;
+    let mut reads = 0;
+    while at < SECTORS {
+        let count = (unit * (1 + random.below(200 / unit))).min(SECTORS - at);
+        let data = vec![0xEE; usize::try_from(count * 512).unwrap()];
+        rig.device.submit(at, Io::Read { sector: at, data }).unwrap();
+        at += count;
+        reads += 1;
+    }
+    let mut back = vec![0; model.len()];
+    for done in drain(&mut rig, reads) {
+        let Io::Read { sector, data } = done else {
+            panic!("a read comes back as a read")
+        };
+        let start = usize::try_from(sector * 512).unwrap();
+        back[start..start + data.len()].copy_from_slice(&data);
+    }
+    assert_eq!(digest(&back), digest(&model), "read through {config:?}");
+
+    let front: u64 = rig
+        .device
+        .queues()
+        .iter()
+        .map(|queue| queue.stats().requests)
+        .sum();
+    let stats: Vec<_> = rig.backend.iter().map(|queue| queue.stats()).collect();
+    assert_eq!(
+        stats.iter().map(|s| s.reads + s.writes + s.flushes).sum::<u64>(),
+        front
+    );
+    assert!(stats.iter().all(|stats| stats.reads > 0), "every queue is used");
+    assert_eq!(stats.iter().map(|stats| stats.failures).sum::<u64>(), 0);
+    if !config.persistent {
+        let ring_pages = config.queues << config.ring_order;
+        assert_eq!(
+            rig.domain.mappings(),
+            ring_pages,
+            "only rings stay mapped without persistent grants"
+        );
+        assert_eq!(rig.domain.grants(), ring_pages);
+    }
+    rig.device.close();
+    assert!(rig.domain.grants() > 0, "the backend still maps the rings");
+    rig.kill_backend();
+    drop(rig.device);
+    assert_eq!(
+        (rig.domain.mappings(), rig.domain.grants(), rig.domain.pages()),
+        (0, 0, 0),
+        "{config:?}"
+    );
+}
+
+/// Polls until `count` operations have completed, all with success.
+fn drain(rig: &mut Rig, count: u64) -> Vec<Io> {
+    let mut done = Vec::new();
+    for _ in 0..10_000 {
+        while let Some(completion) = rig.device.poll().unwrap() {
+            assert_eq!(completion.result, Ok(()));
+            done.push(completion.io);
+        }
+        if done.len() as u64 == count {
+            assert_eq!(rig.device.in_flight(), 0);
+            return done;
+        }
+        rig.serve();
+    }
+    panic!("{} of {count} operations completed", done.len());
+}
+
+#[test]
+fn every_combination_carries_the_same_bytes() {
+    for abi in Abi::ALL {
+        for queues in 1..=4 {
+            for ring_order in 0..=2 {
+                for max_indirect in [0, 32, 256] {
+                    for (persistent, one_shot) in [
+                        (true, OneShot::Map),
+                        (false, OneShot::Map),
+                        (false, OneShot::Copy),
+                    ] {
+                        let config = RigConfig {
+                            abi,
+                            queues,
+                            ring_order,
+                            max_indirect,
+                            persistent,
+                            one_shot,
+                            ..RigConfig::default()
+                        };
+                        round_trip(config, DiskInfo::new(SECTORS));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn too_few_persistent_mappings_change_nothing_but_the_cost() {
+    for one_shot in [OneShot::Map, OneShot::Copy] {
+        for persistent_limit in [0, 1, 40] {
+            let config = RigConfig {
+                persistent_limit,
+                one_shot,
+                ..RigConfig::default()
+            };
+            round_trip(config, DiskInfo::new(SECTORS));
+        }
+    }
+}
+
+#[test]
+fn disks_with_big_sectors() {
+    let info = DiskInfo {
+        sector_size: 4096,
+        ..DiskInfo::new(SECTORS)
+    };
+    round_trip(RigConfig::default(), info);
+    round_trip(
+        RigConfig {
+            max_indirect: 0,
+            persistent: false,
+            ..RigConfig::default()
+        },
+        info,
+    );
+}
+
+#[test]
+fn persistent_grants_stop_mapping_once_the_pages_are_known() {
+    let mut rig = Rig::new(RigConfig::default(), 2048);
+    let domain = rig.domain.clone();
+    let (device, mut wait) = rig.split();
+    device.write(0, &[1; 128 * 1024], &mut wait).unwrap();
+    let mapped = domain.map_calls();
+    for sector in 0..100 {
+        device.write(sector, &[2; 64 * 1024], &mut wait).unwrap();
+    }
+    assert_eq!(domain.map_calls(), mapped, "no request maps anything");
+}
