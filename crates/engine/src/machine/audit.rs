@@ -3,7 +3,8 @@
 //! The machine sees frames, page tables, physmaps and I/O MMUs. How many references the engine
 //! should hold beyond them (device mappings, mappings into translated domains, copies on their
 //! way) it cannot see: [`Machine::audit`] takes the books for a lower bound, and
-//! [`Machine::audit_idle`] for the whole truth, which it is once everything is unmapped.
+//! [`Machine::audit_idle`] for the whole truth, which it is once everything is unmapped;
+//! [`Machine::audit_with`] asks the engine.
 
 use alloc::collections::BTreeMap;
 use alloc::format;
@@ -28,6 +29,10 @@ pub enum Audit {
     Iommu,
     /// AUD-MEM: nobody touches what is free.
     Memory,
+    /// AUD-PIN: an entry's pins are the live mappings of it.
+    Pins,
+    /// AUD-FLG: an entry in use is marked so.
+    Marks,
 }
 
 /// Something that must never be.
@@ -49,6 +54,8 @@ impl core::fmt::Display for Violation {
             Audit::Physmap => "AUD-P2M",
             Audit::Iommu => "AUD-IOM",
             Audit::Memory => "AUD-MEM",
+            Audit::Pins => "AUD-PIN",
+            Audit::Marks => "AUD-FLG",
         })?;
         if let Some(mfn) = self.mfn {
             write!(f, " frame {mfn}")?;

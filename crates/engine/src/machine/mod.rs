@@ -14,12 +14,14 @@
 //!    backend does (spec 3.7, 4.2, 4.4, 4.5, 4.6, 6.2, 7); each place names its section.
 
 mod audit;
+mod books;
 mod frames;
 mod guest;
 mod hooks;
 mod p2m;
 mod policy;
 mod pv;
+mod scene;
 mod state;
 mod transfer;
 
@@ -38,6 +40,7 @@ pub use hooks::{Hooks, Parked};
 pub use p2m::P2mEntry;
 pub use policy::{BasePolicy, Check};
 pub use pv::{L2Slot, Pte};
+pub use scene::{C, G, P, Scene, SceneBuilder, T};
 pub use state::CacheFlushed;
 
 use crate::domain::Reference;
