@@ -62,9 +62,46 @@ pub(crate) fn bytes(count: u64) -> String {
     }
 }
 
+/// Rows as lines of aligned columns, each line indented by two blanks; the columns in `right` are aligned right.
+pub(crate) fn columns<const N: usize>(
+    rows: impl IntoIterator<Item = [String; N]>,
+    right: &[usize],
+) -> String {
+    let rows: Vec<[String; N]> = rows.into_iter().collect();
+    let width = |column: usize| {
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: [usize; N] = std::array::from_fn(width);
+    let mut text = String::new();
+    for row in &rows {
+        let mut line = String::from(" ");
+        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            let padding = " ".repeat(width - cell.chars().count());
+            let (before, after) = if right.contains(&column) {
+                (&*padding, "")
+            } else {
+                ("", &*padding)
+            };
+            line.extend([" ", if column > 0 { " " } else { "" }, before, cell, after]);
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let rows = [["d1", "9", "x"], ["d10", "100", ""]].map(|row| row.map(str::to_owned));
+        assert_eq!(columns(rows, &[1]), "  d1     9  x\n  d10  100\n");
+    }
 
     #[test]
     fn bytes_are_short() {

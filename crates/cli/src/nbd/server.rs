@@ -24,6 +24,9 @@ use crate::block::{BlockDevice, Completion, Operation};
 /// With what one of them can make us hold (64 MiB and a little) this bounds the server's memory.
 const MAX_CLIENTS: usize = 16;
 
+/// Bytes that are submitted for a client before answers are sent: about what stays in the processor's cache.
+const ROUND: usize = 512 << 10;
+
 /// How long a stop waits for requests under way and for clients to take their answers.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -356,11 +359,15 @@ impl<D: BlockDevice> Worker<D> {
         }
     }
 
-    /// Gives the disk what clients ask for; each is bounded in what it may have under way.
+    /// Gives the disk some of what clients ask for; each is bounded in what it may have under way.
     fn submit(&mut self) -> bool {
         let mut any = false;
         for client in &mut self.clients {
-            while let Some(mut request) = client.connection.next_request() {
+            let mut bytes = 0;
+            while bytes < ROUND
+                && let Some(mut request) = client.connection.next_request()
+            {
+                bytes += request.data.len();
                 if let Some(slot) = usize::try_from(request.tag)
                     .ok()
                     .and_then(|tag| client.requests.get_mut(tag))
