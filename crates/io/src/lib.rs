@@ -7,6 +7,8 @@
 //! | [`ring`] | the request/response ring, both ends, over one page or several |
 //! | [`grants`] | what the drivers need of grant tables: [`Granter`](grants::Granter), [`Grantee`](grants::Grantee), [`Notify`](grants::Notify) |
 //! | [`blkif`] | the block protocol: layouts of three ABIs, typed requests, [`BackendQueue`](blkif::BackendQueue), [`FrontendQueue`](blkif::FrontendQueue) |
+//! | [`blkif::handshake`] | how the two sides of a block device find each other in the XenStore, and the toolstack's part |
+//! | [`xenbus`] | what every handshake needs: states, and a small [`Store`](xenbus::Store) trait |
 //! | [`fake`] | (feature `fake`) both ends in one process: an in-memory granter and grantee, a RAM disk, hostile peers |
 //!
 //! # To put it on a machine
@@ -15,6 +17,10 @@
 //! `process` at every event. A **frontend** program implements [`Granter`](grants::Granter) and `Notify`, then
 //! for each queue: `FrontendQueue::open` (gives the references to publish), `start` once the backend is
 //! connected, and `submit`, `kick`, `poll`.
+//!
+//! Both drive a handshake over their [`Store`](xenbus::Store), which says when to do what: see
+//! [`blkif::handshake`], where the toolstack's part is too. [`BlockDevice`](blkif::BlockDevice) puts several
+//! frontend queues and a blocking form on top, for one thread.
 //!
 //! Raw mapped memory comes in through [`SharedPages::from_raw`](shared::SharedPages::from_raw), and goes to
 //! the disk as [`SharedSlice`](shared::SharedSlice), which has the layout of `struct iovec`.
@@ -62,3 +68,4 @@ pub mod fake;
 pub mod grants;
 pub mod ring;
 pub mod shared;
+pub mod xenbus;

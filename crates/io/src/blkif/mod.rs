@@ -4,6 +4,7 @@ mod backend;
 mod device;
 mod disk;
 mod frontend;
+pub mod handshake;
 mod layout;
 mod persistent;
 mod pool;

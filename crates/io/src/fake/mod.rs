@@ -8,9 +8,11 @@ mod domain;
 mod event;
 mod hostile;
 mod rig;
+mod store;
 
 pub use disk::{Call, RamDisk};
 pub use domain::{FakeDomain, FakeGrantee, FakeGranter, FakeMapping, FakePages, FaultPoint};
 pub use event::{Event, NullPort};
 pub use hostile::{HostileBackend, HostileFrontend};
 pub use rig::{Rig, RigConfig};
+pub use store::{MemoryStore, MemoryStoreError, StoreConnection};
