@@ -11,6 +11,7 @@
 
 use crate::path::Path;
 use crate::perms::{Caller, Perms, Right};
+use crate::store::ConnId;
 use crate::tree::{Node, Tree, name_size, size};
 use crate::{Errno, Quotas};
 use alloc::collections::BTreeMap;
@@ -21,6 +22,7 @@ use alloc::vec::Vec;
 /// Who acts, and under which limits.
 #[derive(Clone, Copy)]
 pub(crate) struct Actor<'q> {
+    pub(crate) conn: ConnId,
     pub(crate) caller: Caller,
     pub(crate) quotas: &'q Quotas,
 }
@@ -161,7 +163,7 @@ pub(crate) fn directory(
             list: true,
         },
     );
-    Ok((node.names().cloned().collect(), node.list_generation()))
+    Ok((node.names().cloned().collect(), node.list().generation))
 }
 
 /// An operation that changes nodes.
@@ -229,7 +231,7 @@ fn write(
             let new_size = node.size() - node.value().len() + value.len();
             actor.within(new_size, actor.quotas.node_size, Errno::ENOSPC)?;
             let before = Some(node.perms().clone());
-            tree.set_value(path, value.clone());
+            tree.set_value(path, value.clone(), Some(actor.conn));
             Ok(Change {
                 path: path.clone(),
                 before,
@@ -251,7 +253,7 @@ fn mkdir(tree: &mut Tree, actor: &Actor<'_>, seen: &mut Seen, path: &Path) -> Re
 
 /// Creates a node and those missing above it, under a node the caller may write.
 fn create(tree: &mut Tree, actor: &Actor<'_>, path: &Path, value: &Arc<[u8]>) -> Result<Change, Errno> {
-    let Actor { caller, quotas } = *actor;
+    let Actor { conn, caller, quotas } = *actor;
     let nearest = tree.nearest(path);
     let (depth, parent_size) = (nearest.depth, nearest.node.size());
     let perms = Arc::new(nearest.node.perms().inherited_by(caller));
@@ -267,9 +269,14 @@ fn create(tree: &mut Tree, actor: &Actor<'_>, path: &Path, value: &Arc<[u8]>) ->
     actor.within(size(value, &perms), quotas.node_size, Errno::ENOSPC)?;
 
     for level in 1..names.len() {
-        tree.insert(&path.prefix(depth + level), Arc::from([]), perms.clone());
+        tree.insert(
+            &path.prefix(depth + level),
+            Arc::from([]),
+            perms.clone(),
+            Some(conn),
+        );
     }
-    tree.insert(path, value.clone(), perms);
+    tree.insert(path, value.clone(), perms, Some(conn));
     Ok(Change {
         path: path.clone(),
         before: None,
@@ -282,7 +289,7 @@ fn rm(tree: &mut Tree, actor: &Actor<'_>, seen: &mut Seen, path: &Path) -> Resul
         Ok(_) if path.is_root() => Err(Errno::EINVAL),
         Ok(node) => {
             let before = Some(node.perms().clone());
-            let removed = tree.remove(path);
+            let removed = tree.remove(path, Some(actor.conn));
             Ok(Some(Change {
                 path: path.clone(),
                 before,
@@ -311,7 +318,7 @@ fn set_perms(
     let new_size = node.size() - 8 * node.perms().len() + 8 * perms.len();
     actor.within(new_size, actor.quotas.node_size, Errno::ENOSPC)?;
     let before = Some(node.perms().clone());
-    tree.set_perms(path, perms.clone());
+    tree.set_perms(path, perms.clone(), Some(actor.conn));
     Ok(Change {
         path: path.clone(),
         before,

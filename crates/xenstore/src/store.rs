@@ -4,7 +4,7 @@ use crate::ops::{self, Actor, Change, Op, Seen};
 use crate::path::{NodePath, Path, Place, Special, seen_from};
 use crate::perms::{Access, Caller, Perms, Right};
 use crate::queue::Queue;
-use crate::transaction::Transaction;
+use crate::transaction::{Refused, Transaction};
 use crate::tree::{Node, Tree};
 use crate::watch::{Spot, Watch, WatchId, Watches};
 use crate::wire::{Event, Message, PAYLOAD_MAX, Reply, Request, Token, TxId};
@@ -24,8 +24,14 @@ impl ConnId {
         self.0
     }
 
+    /// The connection of this number, which [`get`](Self::get) gave.
+    #[cfg(feature = "server")]
+    pub(crate) const fn from_raw(id: u64) -> Self {
+        ConnId(id)
+    }
+
     #[cfg(test)]
-    pub(crate) fn for_test(id: u64) -> Self {
+    pub(crate) const fn for_test(id: u64) -> Self {
         ConnId(id)
     }
 }
@@ -47,6 +53,15 @@ pub enum Effect {
     /// The store forgot a connection, because its domain was released.
     /// Whatever carried it is to be closed.
     Disconnected(ConnId),
+    /// A transaction was refused with `EAGAIN`. If one connection wins over
+    /// another again and again, whoever runs the store may let it wait a
+    /// little, so that the other comes to an end as well.
+    Conflict {
+        /// Whose transaction it was.
+        loser: ConnId,
+        /// Who changed what the transaction used, if it was a connection.
+        winner: Option<ConnId>,
+    },
 }
 
 /// What became of a request.
@@ -271,11 +286,11 @@ impl Store {
         let hidden = Perms::new(DomId::DOM0, Access::None);
         let traces = self.tree.traces_of(dom);
         for (path, perms) in traces.mentioning {
-            self.tree.set_perms(&path, perms);
+            self.tree.set_perms(&path, perms, None);
         }
         for path in traces.owned {
             let before = self.tree.get(&path).map(|node| node.perms().clone());
-            let removed = self.tree.remove(&path);
+            let removed = self.tree.remove(&path, None);
             self.fire(&Change {
                 path,
                 before,
@@ -288,7 +303,7 @@ impl Store {
             .get(&Path::root())
             .is_some_and(|root| root.perms().owner() == dom)
         {
-            self.tree.set_perms(&Path::root(), hidden.clone());
+            self.tree.set_perms(&Path::root(), hidden.clone(), None);
         }
         for perms in self.special_perms.values_mut() {
             if perms.owner() == dom {
@@ -305,6 +320,11 @@ impl Store {
     /// The connections for which events wait.
     pub fn ready(&self) -> impl Iterator<Item = ConnId> {
         self.ready.iter().copied()
+    }
+
+    /// Whether events wait for a connection.
+    pub fn has_events(&self, id: ConnId) -> bool {
+        self.ready.contains(&id)
     }
 
     /// Takes the oldest event that waits for a connection.
@@ -532,11 +552,12 @@ impl Store {
         what: impl FnOnce(&Tree, &Actor<'_>, &mut Seen) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
         let caller = self.caller(id).ok_or(Errno::EIO)?;
-        self.check_transaction_bytes(caller, tx, 0)?;
         let actor = Actor {
+            conn: id,
             caller,
             quotas: &self.quotas,
         };
+        self.check_transaction_bytes(&actor, tx, 0)?;
         match tx {
             None => what(&self.tree, &actor, &mut Seen::not_kept()),
             Some(tx) => {
@@ -548,11 +569,12 @@ impl Store {
     /// Changes a node, in a transaction or outside.
     fn change(&mut self, id: ConnId, tx: Option<TxId>, op: Op) -> Result<Reply, Errno> {
         let caller = self.caller(id).ok_or(Errno::EIO)?;
-        self.check_transaction_bytes(caller, tx, op.size())?;
         let actor = Actor {
+            conn: id,
             caller,
             quotas: &self.quotas,
         };
+        self.check_transaction_bytes(&actor, tx, op.size())?;
         if let Some(tx) = tx {
             transaction(&mut self.conns, id, tx)?.apply(&actor, op)?;
         } else if let Some(change) = op.apply(&mut self.tree, &actor, &mut Seen::not_kept())? {
@@ -568,6 +590,7 @@ impl Store {
         }
         let used = self.sum(caller.dom, |conn| conn.watches.len());
         let actor = Actor {
+            conn: id,
             caller,
             quotas: &self.quotas,
         };
@@ -616,6 +639,7 @@ impl Store {
         let caller = self.caller(id).ok_or(Errno::EIO)?;
         let open = self.sum(caller.dom, |conn| conn.transactions.len());
         let actor = Actor {
+            conn: id,
             caller,
             quotas: &self.quotas,
         };
@@ -638,16 +662,27 @@ impl Store {
         let transaction = tx
             .and_then(|tx| conn.transactions.remove(&tx))
             .ok_or(Errno::ENOENT)?;
-        if commit {
-            let actor = Actor {
-                caller,
-                quotas: &self.quotas,
-            };
-            for change in transaction.commit(&mut self.tree, &actor)? {
-                self.fire(&change);
+        if !commit {
+            return Ok(Reply::Ok);
+        }
+        let actor = Actor {
+            conn: id,
+            caller,
+            quotas: &self.quotas,
+        };
+        match transaction.commit(&mut self.tree, &actor) {
+            Ok(changes) => {
+                for change in changes {
+                    self.fire(&change);
+                }
+                Ok(Reply::Ok)
+            }
+            Err(Refused::NoSpace) => Err(Errno::ENOSPC),
+            Err(Refused::Conflict { winner }) => {
+                self.effects.push(Effect::Conflict { loser: id, winner });
+                Err(Errno::EAGAIN)
             }
         }
-        Ok(Reply::Ok)
     }
 
     fn set_target(&mut self, dom: DomId, target: DomId) -> Result<Reply, Errno> {
@@ -662,17 +697,13 @@ impl Store {
     }
 
     /// Refuses what would make the transactions of a domain remember too much.
-    fn check_transaction_bytes(&self, caller: Caller, tx: Option<TxId>, more: usize) -> Result<(), Errno> {
-        if tx.is_none() || caller.is_privileged() {
+    fn check_transaction_bytes(&self, actor: &Actor<'_>, tx: Option<TxId>, more: usize) -> Result<(), Errno> {
+        if tx.is_none() || actor.caller.is_privileged() {
             return Ok(());
         }
-        let used = self.sum(caller.dom, |conn| {
+        let used = self.sum(actor.caller.dom, |conn| {
             conn.transactions.values().map(Transaction::size).sum()
         });
-        let actor = Actor {
-            caller,
-            quotas: &self.quotas,
-        };
         actor.within(used + more, self.quotas.transaction_bytes, Errno::ENOSPC)
     }
 

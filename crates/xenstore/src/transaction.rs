@@ -5,13 +5,14 @@
 //! what it changed. To commit, every node of the first list must be in the
 //! store as it was in the snapshot; then replaying the second on the store
 //! gives what the transaction saw. So a committed transaction is as if it had
-//! happened at once at its end, and one that only read, as if at its start:
-//! that one never conflicts.
+//! happened at once at its end, and one that changed nothing, as if at its
+//! start: that one never conflicts.
 
 use crate::Errno;
 use crate::ops::{Actor, Change, Op, Parts, Seen};
 use crate::path::Path;
-use crate::tree::Tree;
+use crate::store::ConnId;
+use crate::tree::{Stamp, Tree};
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
@@ -68,13 +69,13 @@ impl Transaction {
     }
 
     /// Puts its changes into the store's tree, all or none, and says what they were.
-    pub(crate) fn commit(self, tree: &mut Tree, actor: &Actor<'_>) -> Result<Vec<Change>, Errno> {
+    pub(crate) fn commit(self, tree: &mut Tree, actor: &Actor<'_>) -> Result<Vec<Change>, Refused> {
         if self.log.is_empty() {
             return Ok(Vec::new());
         }
         for (path, parts) in self.seen.nodes() {
-            if !unchanged(&self.base, tree, path, parts) {
-                return Err(Errno::EAGAIN);
+            if let Some(winner) = changed_by(&self.base, tree, path, parts) {
+                return Err(Refused::Conflict { winner });
             }
         }
         let before = tree.clone();
@@ -87,9 +88,9 @@ impl Transaction {
             let change = match op.apply(&mut after, actor, &mut Seen::not_kept()) {
                 Ok(Some(change)) => change,
                 Ok(None) => continue,
-                // Others have used up the room that there was at the start.
-                Err(Errno::ENOSPC) => return Err(Errno::ENOSPC),
-                Err(_) => return Err(Errno::EAGAIN),
+                Err(Errno::ENOSPC) => return Err(Refused::NoSpace),
+                // Its rights have changed otherwise than by permissions.
+                Err(_) => return Err(Refused::Conflict { winner: None }),
             };
             let at = *known.entry(change.path.clone()).or_insert(changes.len());
             if at == changes.len() {
@@ -108,13 +109,26 @@ impl Transaction {
     }
 }
 
-fn unchanged(base: &Tree, now: &Tree, path: &Path, parts: Parts) -> bool {
+/// Why a transaction was not committed.
+pub(crate) enum Refused {
+    /// Something it used has been changed since its start, the last time
+    /// through this connection if through any.
+    Conflict { winner: Option<ConnId> },
+    /// Others have used up the room that there was at the start.
+    NoSpace,
+}
+
+/// Who has changed these parts of a node since the snapshot, if they have changed.
+fn changed_by(base: &Tree, now: &Tree, path: &Path, parts: Parts) -> Option<Option<ConnId>> {
+    let changed = |then: Stamp, now: Stamp| (then.generation != now.generation).then_some(now.by);
     match (base.get(path), now.get(path)) {
-        (None, None) => true,
+        (None, None) => None,
         (Some(base), Some(now)) => {
-            (!parts.content || base.content_generation() == now.content_generation())
-                && (!parts.list || base.list_generation() == now.list_generation())
+            let content = changed(base.content(), now.content()).filter(|_| parts.content);
+            content.or_else(|| changed(base.list(), now.list()).filter(|_| parts.list))
         }
-        _ => false,
+        (None, Some(created)) => Some(created.content().by),
+        // Who removed it, or one above it, has changed the list in which it was.
+        (Some(_), None) => Some(now.nearest(path).node.list().by),
     }
 }

@@ -18,9 +18,18 @@
 use crate::DomId;
 use crate::path::Path;
 use crate::perms::{Access, Perms};
+use crate::store::ConnId;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+
+/// The last change of something: when, and through which connection if it was
+/// through one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stamp {
+    pub(crate) generation: u64,
+    pub(crate) by: Option<ConnId>,
+}
 
 /// One node.
 #[derive(Clone, Debug)]
@@ -29,8 +38,8 @@ pub(crate) struct Node {
     perms: Arc<Perms>,
     children: BTreeMap<Arc<str>, Arc<Node>>,
     names_len: usize,
-    content_generation: u64,
-    list_generation: u64,
+    content: Stamp,
+    list: Stamp,
 }
 
 impl Node {
@@ -47,13 +56,13 @@ impl Node {
     }
 
     /// Changes with the value and the permissions.
-    pub(crate) fn content_generation(&self) -> u64 {
-        self.content_generation
+    pub(crate) fn content(&self) -> Stamp {
+        self.content
     }
 
     /// Changes with the set of children.
-    pub(crate) fn list_generation(&self) -> u64 {
-        self.list_generation
+    pub(crate) fn list(&self) -> Stamp {
+        self.list
     }
 
     /// What the quota on the size of a node counts.
@@ -110,13 +119,17 @@ pub(crate) struct Tree {
 impl Tree {
     /// The root alone, which the control domain owns and nobody else may see.
     pub(crate) fn new() -> Self {
+        let never = Stamp {
+            generation: 0,
+            by: None,
+        };
         let root = Node {
             value: Arc::from([]),
             perms: Arc::new(Perms::new(DomId::DOM0, Access::None)),
             children: BTreeMap::new(),
             names_len: 0,
-            content_generation: 0,
-            list_generation: 0,
+            content: never,
+            list: never,
         };
         Tree {
             root: Arc::new(root),
@@ -159,29 +172,29 @@ impl Tree {
     }
 
     /// Sets the value of a node that exists.
-    pub(crate) fn set_value(&mut self, path: &Path, value: Arc<[u8]>) {
-        let generation = self.next_generation();
+    pub(crate) fn set_value(&mut self, path: &Path, value: Arc<[u8]>, by: Option<ConnId>) {
+        let stamp = self.stamp(by);
         if let Some(node) = self.get_mut(path) {
             node.value = value;
-            node.content_generation = generation;
+            node.content = stamp;
         }
     }
 
     /// Sets the permissions of a node that exists.
-    pub(crate) fn set_perms(&mut self, path: &Path, perms: Perms) {
-        let generation = self.next_generation();
+    pub(crate) fn set_perms(&mut self, path: &Path, perms: Perms, by: Option<ConnId>) {
+        let stamp = self.stamp(by);
         let owner = perms.owner();
         let Some(node) = self.get_mut(path) else { return };
         let old = node.perms.owner();
         node.perms = Arc::new(perms);
-        node.content_generation = generation;
+        node.content = stamp;
         self.disown(old, 1);
         *self.owned.entry(owner).or_default() += 1;
     }
 
     /// Adds a node whose parent exists and which does not.
-    pub(crate) fn insert(&mut self, path: &Path, value: Arc<[u8]>, perms: Arc<Perms>) {
-        let generation = self.next_generation();
+    pub(crate) fn insert(&mut self, path: &Path, value: Arc<[u8]>, perms: Arc<Perms>, by: Option<ConnId>) {
+        let stamp = self.stamp(by);
         let owner = perms.owner();
         let (Some(parent), Some(name)) = (path.parent(), path.name()) else {
             return;
@@ -194,24 +207,24 @@ impl Tree {
             perms,
             children: BTreeMap::new(),
             names_len: 0,
-            content_generation: generation,
-            list_generation: generation,
+            content: stamp,
+            list: stamp,
         };
         let old = parent.children.insert(Arc::from(name), Arc::new(node));
         debug_assert!(old.is_none(), "{path} was there");
         parent.names_len += name_size(name);
-        parent.list_generation = generation;
+        parent.list = stamp;
         *self.owned.entry(owner).or_default() += 1;
     }
 
     /// Takes out a node and all below it. The root stays.
-    pub(crate) fn remove(&mut self, path: &Path) -> Option<Arc<Node>> {
-        let generation = self.next_generation();
+    pub(crate) fn remove(&mut self, path: &Path, by: Option<ConnId>) -> Option<Arc<Node>> {
+        let stamp = self.stamp(by);
         let (parent, name) = (path.parent()?, path.name()?);
         let parent = self.get_mut(&parent)?;
         let node = parent.children.remove(name)?;
         parent.names_len -= name_size(name);
-        parent.list_generation = generation;
+        parent.list = stamp;
         let mut owners = BTreeMap::<_, usize>::new();
         node.visit(&mut |node| *owners.entry(node.perms.owner()).or_default() += 1);
         for (owner, count) in owners {
@@ -231,9 +244,12 @@ impl Tree {
         traces
     }
 
-    fn next_generation(&mut self) -> u64 {
+    fn stamp(&mut self, by: Option<ConnId>) -> Stamp {
         self.last_generation += 1;
-        self.last_generation
+        Stamp {
+            generation: self.last_generation,
+            by,
+        }
     }
 
     fn disown(&mut self, owner: DomId, nodes: usize) {
@@ -264,8 +280,8 @@ impl Tree {
                 node.names_len,
                 node.names().map(|name| name_size(name)).sum::<usize>()
             );
-            assert!(node.content_generation <= self.last_generation);
-            assert!(node.list_generation <= self.last_generation);
+            assert!(node.content.generation <= self.last_generation);
+            assert!(node.list.generation <= self.last_generation);
         });
         assert_eq!(owned, self.owned);
     }
@@ -313,10 +329,10 @@ mod tests {
     #[test]
     fn a_snapshot_does_not_see_later_changes() {
         let mut tree = Tree::new();
-        tree.insert(&path("/a"), Arc::from(*b"1"), perms("n5"));
+        tree.insert(&path("/a"), Arc::from(*b"1"), perms("n5"), None);
         let snapshot = tree.clone();
-        tree.set_value(&path("/a"), Arc::from(*b"2"));
-        tree.insert(&path("/a/b"), Arc::from(*b""), perms("n5"));
+        tree.set_value(&path("/a"), Arc::from(*b"2"), None);
+        tree.insert(&path("/a/b"), Arc::from(*b""), perms("n5"), None);
         assert_eq!(&**snapshot.get(&path("/a")).unwrap().value(), b"1");
         assert!(snapshot.get(&path("/a/b")).is_none());
         assert_eq!((snapshot.owned(DomId::new(5)), tree.owned(DomId::new(5))), (1, 2));
@@ -327,22 +343,22 @@ mod tests {
     #[test]
     fn without_a_snapshot_nothing_is_copied() {
         let mut tree = Tree::new();
-        tree.insert(&path("/a"), Arc::from([]), perms("n0"));
+        tree.insert(&path("/a"), Arc::from([]), perms("n0"), None);
         let before: *const Node = tree.get(&path("/a")).unwrap();
-        tree.set_value(&path("/a"), Arc::from(*b"x"));
+        tree.set_value(&path("/a"), Arc::from(*b"x"), None);
         assert!(core::ptr::eq(before, tree.get(&path("/a")).unwrap()));
     }
 
     #[test]
     fn owners_are_counted_through_every_change() {
         let (mut tree, five, six) = (Tree::new(), DomId::new(5), DomId::new(6));
-        tree.insert(&path("/a"), Arc::from([]), perms("n5"));
-        tree.insert(&path("/a/b"), Arc::from([]), perms("n6"));
-        tree.insert(&path("/a/c"), Arc::from([]), perms("n5"));
+        tree.insert(&path("/a"), Arc::from([]), perms("n5"), None);
+        tree.insert(&path("/a/b"), Arc::from([]), perms("n6"), None);
+        tree.insert(&path("/a/c"), Arc::from([]), perms("n5"), None);
         assert_eq!((tree.owned(five), tree.owned(six), tree.len()), (2, 1, 4));
-        tree.set_perms(&path("/a/c"), Perms::clone(&perms("n6")));
+        tree.set_perms(&path("/a/c"), Perms::clone(&perms("n6")), None);
         assert_eq!((tree.owned(five), tree.owned(six)), (1, 2));
-        assert!(tree.remove(&path("/a")).is_some());
+        assert!(tree.remove(&path("/a"), None).is_some());
         assert_eq!((tree.owned(five), tree.owned(six), tree.len()), (0, 0, 1));
         tree.audit();
     }
@@ -350,7 +366,7 @@ mod tests {
     #[test]
     fn the_root_cannot_be_removed() {
         let mut tree = Tree::new();
-        assert!(tree.remove(&Path::root()).is_none());
+        assert!(tree.remove(&Path::root(), None).is_none());
         assert!(tree.get(&Path::root()).is_some());
     }
 
@@ -361,14 +377,14 @@ mod tests {
         let mut all: Vec<_> = deepest.and_ancestors().collect();
         all.pop();
         for path in all.iter().rev() {
-            tree.insert(path, Arc::from([]), perms("n0,r5"));
+            tree.insert(path, Arc::from([]), perms("n0,r5"), None);
         }
         assert_eq!(tree.len(), 1537);
         assert_eq!(tree.traces_of(DomId::new(5)).mentioning.len(), 1536);
         let snapshot = tree.clone();
-        tree.set_value(&deepest, Arc::from(*b"x"));
+        tree.set_value(&deepest, Arc::from(*b"x"), None);
         tree.audit();
-        assert!(tree.remove(&path("/a")).is_some());
+        assert!(tree.remove(&path("/a"), None).is_some());
         drop((tree, snapshot));
     }
 }

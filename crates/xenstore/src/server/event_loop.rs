@@ -1,7 +1,9 @@
+use super::fairness::Fairness;
 use super::link::{Link, Lost};
 use super::listener::Listener;
 use super::{ServerError, Task};
 use crate::store::{ConnId, Effect, Store};
+use crate::wire::Kind;
 use crate::{DomId, Errno, Quotas};
 use rustix::buffer::spare_capacity;
 use rustix::event::Timespec;
@@ -39,7 +41,8 @@ struct Peer {
 /// The thread that runs the store.
 pub(super) struct EventLoop {
     store: Store,
-    peers: BTreeMap<u64, (ConnId, Peer)>,
+    peers: BTreeMap<ConnId, Peer>,
+    fairness: Fairness,
     listener: Option<Listener>,
     accept_again: Option<Instant>,
     epoll: OwnedFd,
@@ -63,6 +66,7 @@ impl EventLoop {
         Ok(EventLoop {
             store: Store::new(quotas),
             peers: BTreeMap::new(),
+            fairness: Fairness::default(),
             listener,
             accept_again: None,
             epoll,
@@ -76,10 +80,13 @@ impl EventLoop {
         let mut events = Vec::with_capacity(64);
         while !self.stopping {
             events.clear();
-            let pause = self
+            let next = self
                 .accept_again
-                .map(|at| at.saturating_duration_since(Instant::now()));
-            let timeout = pause.and_then(|pause| Timespec::try_from(pause).ok());
+                .into_iter()
+                .chain(self.fairness.next_expiry())
+                .min();
+            let left = next.map(|at| at.saturating_duration_since(Instant::now()));
+            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
             match epoll::wait(&self.epoll, spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) | Err(OsErrno::INTR) => {}
                 Err(errno) => {
@@ -88,11 +95,13 @@ impl EventLoop {
                 }
             }
             self.resume_accepting();
+            let expired = self.fairness.expired(Instant::now());
+            self.free(&expired);
             for event in &events {
                 match event.data.u64() {
                     WAKE => self.run_tasks(),
                     LISTENER => self.accept(),
-                    key => self.serve(key, event.flags),
+                    key => self.serve(ConnId::from_raw(key - FIRST_CONN), event.flags),
                 }
             }
             self.deliver();
@@ -142,26 +151,20 @@ impl EventLoop {
             .store
             .connect(dom)
             .map_err(|errno| ServerError::Domain { dom, errno })?;
-        let key = FIRST_CONN + id.get();
         let interest = EventFlags::IN;
-        if let Err(errno) = epoll::add(&self.epoll, &link, EventData::new_u64(key), interest) {
+        if let Err(errno) = epoll::add(&self.epoll, &link, conn_data(id), interest) {
             self.store.disconnect(id);
             return Err(ServerError::Io {
                 what: "cannot wait for this socket",
                 source: errno.into(),
             });
         }
-        self.peers.insert(
-            key,
-            (
-                id,
-                Peer {
-                    link,
-                    interest,
-                    listened,
-                },
-            ),
-        );
+        let peer = Peer {
+            link,
+            interest,
+            listened,
+        };
+        self.peers.insert(id, peer);
         Ok(())
     }
 
@@ -187,7 +190,7 @@ impl EventLoop {
     }
 
     fn listened(&self) -> usize {
-        self.peers.values().filter(|(_, peer)| peer.listened).count()
+        self.peers.values().filter(|peer| peer.listened).count()
     }
 
     fn pause_accepting(&mut self) {
@@ -212,101 +215,143 @@ impl EventLoop {
     }
 
     /// Gives a connection up. Closing its socket takes it out of epoll.
-    fn lose(&mut self, key: u64, why: Lost) {
-        if let Some((id, _)) = self.peers.remove(&key) {
+    fn lose(&mut self, id: ConnId, why: Lost) {
+        if self.peers.remove(&id).is_some() {
             let dom = self.store.domain_of(id);
             tracing::debug!(conn = id.get(), ?dom, %why, "a connection of the store has ended");
             self.store.disconnect(id);
+            let held = self.fairness.done(id);
+            self.free(&held);
         }
     }
 
     fn follow(&mut self, effects: &[Effect]) {
         for effect in effects {
-            if let Effect::Disconnected(id) = effect {
-                self.lose(FIRST_CONN + id.get(), Lost::Released);
+            match *effect {
+                Effect::Disconnected(id) => self.lose(id, Lost::Released),
+                Effect::Conflict {
+                    loser,
+                    winner: Some(winner),
+                } => self.hold(loser, winner),
+                Effect::Conflict { winner: None, .. } | Effect::Introduced { .. } | Effect::Released(_) => {}
             }
+        }
+    }
+
+    /// Lets the winner wait, if the loser has lost too often.
+    fn hold(&mut self, loser: ConnId, winner: ConnId) {
+        let privileged = |id| self.store.domain_of(id).is_some_and(DomId::is_privileged);
+        let may_hold = privileged(loser) || !privileged(winner);
+        if self.fairness.lost(loser, winner, may_hold, Instant::now()) {
+            tracing::debug!(loser = loser.get(), winner = winner.get(), "lets the winner wait");
+            self.ask_epoll(winner);
+        }
+    }
+
+    /// Reads again from those who have waited.
+    fn free(&mut self, held: &[ConnId]) {
+        for id in held {
+            self.ask_epoll(*id);
+        }
+    }
+
+    /// Whether nothing may be read from a connection now.
+    fn has_to_wait(&self, id: ConnId, peer: &Peer) -> bool {
+        peer.link.is_full() || self.fairness.is_held(id)
+    }
+
+    /// Asks epoll for what a connection is waiting for now.
+    fn ask_epoll(&mut self, id: ConnId) {
+        let Some(peer) = self.peers.get(&id) else { return };
+        let mut interest = EventFlags::empty();
+        interest.set(EventFlags::IN, !self.has_to_wait(id, peer));
+        interest.set(EventFlags::OUT, peer.link.has_output());
+        if interest == peer.interest {
+            return;
+        }
+        if let Err(errno) = epoll::modify(&self.epoll, &peer.link, conn_data(id), interest) {
+            self.lose(id, errno.into());
+        } else if let Some(peer) = self.peers.get_mut(&id) {
+            peer.interest = interest;
         }
     }
 
     // ---- messages ----------------------------------------------------------------
 
     /// Takes some requests from a connection and answers them.
-    fn serve(&mut self, key: u64, flags: EventFlags) {
+    fn serve(&mut self, id: ConnId, flags: EventFlags) {
         for _ in 0..REQUESTS_A_TURN {
-            let Some((id, peer)) = self.peers.get_mut(&key) else {
-                return;
-            };
-            if peer.link.is_full() {
+            let Some(peer) = self.peers.get(&id) else { return };
+            if self.has_to_wait(id, peer) {
                 if flags.intersects(EventFlags::HUP | EventFlags::ERR) {
-                    // Nobody will ever read what waits, and epoll would not
+                    // Nobody will ever read its answers, and epoll would not
                     // cease to say so.
-                    self.lose(key, Lost::Closed);
+                    return self.lose(id, Lost::Closed);
                 }
                 break;
             }
+            let Some(peer) = self.peers.get_mut(&id) else {
+                return;
+            };
             let message = match peer.link.receive() {
                 Ok(Some(message)) => message,
                 Ok(None) => break,
                 Err(why) => {
                     // It may have closed one direction only.
                     let _ = peer.link.flush();
-                    return self.lose(key, why);
+                    return self.lose(id, why);
                 }
             };
-            let id = *id;
             tracing::trace!(conn = id.get(), %message, "request");
-            match self.store.handle(id, &message) {
-                Ok(outcome) => {
-                    peer.link.push(&outcome.reply);
-                    self.follow(&outcome.effects);
-                }
-                Err(_) => return self.lose(key, Lost::Released),
+            let Ok(outcome) = self.store.handle(id, &message) else {
+                return self.lose(id, Lost::Released);
+            };
+            peer.link.push(&outcome.reply);
+            if message.kind() == Some(Kind::TransactionEnd) && outcome.effects.is_empty() {
+                let held = self.fairness.done(id);
+                self.free(&held);
             }
+            self.follow(&outcome.effects);
         }
-        self.send(key);
+        self.send(id);
     }
 
     /// Takes events to all for whom some wait.
     fn deliver(&mut self) {
-        let ready: Vec<_> = self.store.ready().map(|id| FIRST_CONN + id.get()).collect();
-        for key in ready {
-            self.send(key);
+        let ready: Vec<_> = self.store.ready().collect();
+        for id in ready {
+            self.send(id);
         }
     }
 
     /// Sends a connection its answers and then its events, as far as it takes them.
-    fn send(&mut self, key: u64) {
-        let Some((id, peer)) = self.peers.get_mut(&key) else {
+    fn send(&mut self, id: ConnId) {
+        let Some(peer) = self.peers.get_mut(&id) else {
             return;
         };
         loop {
-            let mut more = false;
             while !peer.link.is_full()
-                && let Some(event) = self.store.next_event(*id)
+                && let Some(event) = self.store.next_event(id)
             {
                 // Events of the store are made to fit a message.
                 if let Ok(message) = event.encode() {
                     peer.link.push(&message);
-                    more = true;
                 }
             }
             if let Err(why) = peer.link.flush() {
-                return self.lose(key, why);
+                return self.lose(id, why);
             }
-            if peer.link.has_output() || !more {
+            // What is left over goes on when epoll says that there is room, so
+            // nothing may be left over while there is.
+            if peer.link.has_output() || !self.store.has_events(id) {
                 break;
             }
         }
-
-        let mut interest = EventFlags::empty();
-        interest.set(EventFlags::IN, !peer.link.is_full());
-        interest.set(EventFlags::OUT, peer.link.has_output());
-        if interest != peer.interest {
-            let data = EventData::new_u64(key);
-            if let Err(errno) = epoll::modify(&self.epoll, &peer.link, data, interest) {
-                return self.lose(key, errno.into());
-            }
-            peer.interest = interest;
-        }
+        self.ask_epoll(id);
     }
+}
+
+/// What epoll is to say of a connection.
+fn conn_data(id: ConnId) -> EventData {
+    EventData::new_u64(FIRST_CONN + id.get())
 }

@@ -16,9 +16,12 @@
 //! - A connection that does not speak the protocol is closed, and no other
 //!   notices.
 //! - Requests are taken from connections in turn, a few at a time, so that one
-//!   that floods does not starve the others.
+//!   that floods does not starve the others. Who wins over another's
+//!   transactions again and again waits a moment, so that the other one's
+//!   come to an end.
 
 mod event_loop;
+mod fairness;
 mod link;
 mod listener;
 
