@@ -14,15 +14,19 @@
 //!    backend does (spec 3.7, 4.2, 4.4, 4.5, 4.6, 6.2, 7); each place names its section.
 
 mod audit;
+mod between;
 mod books;
+mod faulty;
 mod frames;
 mod guest;
 mod hooks;
 mod p2m;
 mod policy;
 mod pv;
+mod request;
 mod scene;
 mod state;
+mod traced;
 mod transfer;
 
 use alloc::string::String;
@@ -34,14 +38,18 @@ use gnttab_abi::{CacheOp, DomId, Errno, Gfn, MapFlags, Mfn};
 use spin::{Mutex, MutexGuard};
 
 pub use audit::{Audit, Justified, Violation};
+pub use between::{Between, Identified, Verdict, Watch};
+pub use faulty::{Faults, Faulty};
 pub use frames::{FrameInfo, POISON, PageOwner, PageType};
 pub use guest::{Guest, Page};
 pub use hooks::{Hooks, Parked};
 pub use p2m::P2mEntry;
 pub use policy::{BasePolicy, Check};
 pub use pv::{L2Slot, Pte};
+pub use request::{Answer, Request};
 pub use scene::{C, G, P, Scene, SceneBuilder, T};
 pub use state::CacheFlushed;
+pub use traced::{Event, Trace, Traced};
 
 use crate::domain::Reference;
 use crate::hypervisor::{
