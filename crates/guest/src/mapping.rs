@@ -76,6 +76,19 @@ pub enum MapError {
     NoMemory(usize),
 }
 
+impl MapError {
+    /// The status to pass on where only a status can be told: the hypervisor's own, and for what
+    /// failed on this side *no_space* or *general_error*.
+    #[must_use]
+    pub const fn status(&self) -> GrantStatus {
+        match self {
+            MapError::Status { status, .. } => *status,
+            MapError::Call { .. } | MapError::NotEntered { .. } => GrantStatus::GENERAL_ERROR,
+            MapError::WindowFull { .. } | MapError::NoMemory(_) => GrantStatus::NO_SPACE,
+        }
+    }
+}
+
 /// Why one mapping could not be undone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnmapFailure {
