@@ -255,28 +255,19 @@ fn mkdir(tree: &mut Tree, actor: &Actor<'_>, seen: &mut Seen, path: &Path) -> Re
 fn create(tree: &mut Tree, actor: &Actor<'_>, path: &Path, value: &Arc<[u8]>) -> Result<Change, Errno> {
     let Actor { conn, caller, quotas } = *actor;
     let nearest = tree.nearest(path);
-    let (depth, parent_size) = (nearest.depth, nearest.node.size());
+    let mut size_above = nearest.node.size();
     let perms = Arc::new(nearest.node.perms().inherited_by(caller));
-    let names: Vec<&str> = path.names().skip(depth).collect();
+    let names: Vec<&str> = path.names().skip(nearest.depth).collect();
 
     actor.within(tree.owned(caller.dom) + names.len(), quotas.nodes, Errno::ENOSPC)?;
     actor.within(perms.len(), quotas.perms, Errno::ENOSPC)?;
-    let mut size_above = parent_size;
     for name in &names {
         actor.within(size_above + name_size(name), quotas.node_size, Errno::ENOSPC)?;
         size_above = size(&[], &perms);
     }
     actor.within(size(value, &perms), quotas.node_size, Errno::ENOSPC)?;
 
-    for level in 1..names.len() {
-        tree.insert(
-            &path.prefix(depth + level),
-            Arc::from([]),
-            perms.clone(),
-            Some(conn),
-        );
-    }
-    tree.insert(path, value.clone(), perms, Some(conn));
+    tree.create(path, value.clone(), perms, Some(conn));
     Ok(Change {
         path: path.clone(),
         before: None,

@@ -160,9 +160,16 @@ impl Path {
         }
     }
 
-    /// This path and those above it, the root last.
-    pub fn and_ancestors(&self) -> impl Iterator<Item = Path> {
-        core::iter::successors(Some(self.clone()), Path::parent)
+    /// The text of this path and of those above it, the root last.
+    pub fn and_ancestors(&self) -> impl Iterator<Item = &str> {
+        core::iter::successors(Some(self.as_str()), |path| {
+            let path: &str = path;
+            match path.rfind('/')? {
+                _ if path.len() == 1 => None,
+                0 => Some(&path[..1]),
+                end => Some(&path[..end]),
+            }
+        })
     }
 
     /// What is left of this path below `above`: the empty string if it is
@@ -469,8 +476,9 @@ mod tests {
 
     #[test]
     fn parents_end_at_the_root() {
-        let all: Vec<_> = path("/a/b").and_ancestors().map(|p| p.to_string()).collect();
-        assert_eq!(all, ["/a/b", "/a", "/"]);
+        let all = |text| path(text).and_ancestors().map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(all("/a/b"), ["/a/b", "/a", "/"]);
+        assert_eq!(all("/"), ["/"]);
         assert_eq!(Path::root().parent(), None);
     }
 

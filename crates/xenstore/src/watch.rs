@@ -94,7 +94,7 @@ impl Watches {
 
     /// The watches at or above a node, in the order they were set.
     pub(crate) fn covering(&self, path: &Path) -> Vec<WatchId> {
-        let sets = path.and_ancestors().filter_map(|above| self.nodes.get(&above));
+        let sets = path.and_ancestors().filter_map(|above| self.nodes.get(above));
         let mut ids: Vec<_> = sets.flatten().copied().collect();
         ids.sort_unstable();
         ids

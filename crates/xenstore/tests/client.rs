@@ -247,6 +247,22 @@ fn a_transaction_that_always_conflicts_is_given_up() {
 }
 
 #[test]
+fn a_transaction_can_be_begun_and_ended_by_hand() {
+    let (_server, mut client) = server();
+    let tx = client.begin().unwrap();
+    client.within(tx).write("/a", "1").unwrap();
+    assert!(client.read("/a").unwrap_err().is_missing());
+    assert!(client.end(tx, true).unwrap());
+    assert_eq!(client.end(tx, true).unwrap_err().errno(), Some(Errno::ENOENT));
+
+    let tx = client.begin().unwrap();
+    client.within(tx).write("/a", "2").unwrap();
+    client.write("/a", "3").unwrap();
+    assert!(!client.end(tx, true).unwrap(), "a conflict");
+    assert_eq!(client.read("/a").unwrap(), b"3");
+}
+
+#[test]
 fn a_transaction_that_fails_leaves_nothing_open() {
     let (server, _) = server();
     server.introduce_domain(DomId::new(5)).unwrap();

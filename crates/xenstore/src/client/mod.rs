@@ -5,8 +5,9 @@
 //! [`Nodes`], because it is the same within a transaction.
 //!
 //! A client makes no system calls but those of its stream. With a Unix socket
-//! these are `read`/`recvfrom`, `write`/`sendto` and `poll`/`ppoll` on that one
-//! descriptor, so a domain process may be confined to them.
+//! on Linux these are `sendto`, `recvfrom`, and `ppoll` where there is a
+//! deadline, all on that one descriptor; so a domain process may be confined to
+//! them.
 
 mod error;
 mod nodes;
@@ -312,19 +313,51 @@ impl<S: Transport> Client<S> {
         mut body: impl FnMut(&mut Transaction<'_, S>) -> Result<T, Error>,
     ) -> Result<T, Error> {
         for _ in 0..ATTEMPTS {
-            let id = match self.ask(None, &Request::TransactionStart)? {
-                Reply::Transaction(id) => id,
-                _ => return Err(self.break_off(Error::Closed)),
-            };
-            let result = body(&mut Transaction { client: self, id });
-            let commit = result.is_ok();
-            match self.ask(Some(id), &Request::TransactionEnd { commit }) {
-                Err(error) if commit && error.errno() == Some(Errno::EAGAIN) => {}
-                Err(error) if commit => return Err(error),
-                _ => return result,
+            let tx = self.begin()?;
+            match body(&mut self.within(tx)) {
+                Ok(value) if self.end(tx, true)? => return Ok(value),
+                Ok(_) => {}
+                Err(error) => {
+                    // If that fails too, the first error says more.
+                    let _ = self.end(tx, false);
+                    return Err(error);
+                }
             }
         }
         Err(Error::Conflict { attempts: ATTEMPTS })
+    }
+
+    /// Begins a transaction that [`end`](Self::end) is to end, for those to
+    /// whom [`transaction`](Self::transaction) does not fit.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with `ENOSPC` if the quota of open ones is used up.
+    pub fn begin(&mut self) -> Result<TxId, Error> {
+        match self.ask(None, &Request::TransactionStart)? {
+            Reply::Transaction(tx) => Ok(tx),
+            _ => Err(self.break_off(Error::Closed)),
+        }
+    }
+
+    /// The nodes as an open transaction sees them.
+    pub fn within(&mut self, tx: TxId) -> Transaction<'_, S> {
+        Transaction { client: self, tx }
+    }
+
+    /// Ends a transaction. `false`: others changed what it used, nothing of it
+    /// was done, and it has to be begun again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with `ENOENT` if it is not open, with `ENOSPC` if
+    /// there is no room any more for what it was to do.
+    pub fn end(&mut self, tx: TxId, commit: bool) -> Result<bool, Error> {
+        match self.ask(Some(tx), &Request::TransactionEnd { commit }) {
+            Ok(_) => Ok(true),
+            Err(error) if error.errno() == Some(Errno::EAGAIN) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     // ---- domains -----------------------------------------------------------------
@@ -388,8 +421,7 @@ impl<S: Transport> Client<S> {
             return Err(Error::Closed);
         }
         loop {
-            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            let read = match self.stream.wait_readable(left) {
+            let read = match self.is_readable(deadline) {
                 Ok(true) => self.stream.read(self.framer.space()),
                 Ok(false) => return Ok(None),
                 Err(error) => Err(error),
@@ -405,6 +437,13 @@ impl<S: Transport> Client<S> {
                 Err(error) => return Err(self.break_off(error.into())),
             }
         }
+    }
+
+    /// Waits until reading will not block past the deadline.
+    fn is_readable(&self, deadline: Option<Instant>) -> io::Result<bool> {
+        let Some(deadline) = deadline else { return Ok(true) };
+        self.stream
+            .wait_readable(deadline.saturating_duration_since(Instant::now()))
     }
 
     fn break_off(&mut self, error: Error) -> Error {
@@ -424,11 +463,11 @@ impl<S: Transport> Nodes for Client<S> {
 #[derive(Debug)]
 pub struct Transaction<'c, S = UnixStream> {
     client: &'c mut Client<S>,
-    id: TxId,
+    tx: TxId,
 }
 
 impl<S: Transport> Nodes for Transaction<'_, S> {
     fn request(&mut self, request: &Request) -> Result<Reply, Error> {
-        self.client.ask(Some(self.id), request)
+        self.client.ask(Some(self.tx), request)
     }
 }

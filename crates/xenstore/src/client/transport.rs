@@ -9,18 +9,18 @@ use std::time::Duration;
 /// as the ring page between a guest and the store.
 pub trait Transport: Read + Write {
     /// Waits until there is something to read, or the other end has gone.
-    /// `false` if that was not so within the time; for ever if there is none.
+    /// `false` if that was not so within the time.
     ///
     /// # Errors
     ///
     /// What the operating system says; `Interrupted` makes the caller try again.
-    fn wait_readable(&self, timeout: Option<Duration>) -> io::Result<bool>;
+    fn wait_readable(&self, timeout: Duration) -> io::Result<bool>;
 }
 
 impl Transport for UnixStream {
-    fn wait_readable(&self, timeout: Option<Duration>) -> io::Result<bool> {
+    fn wait_readable(&self, timeout: Duration) -> io::Result<bool> {
         // A time too long to be expressed is as good as for ever.
-        let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());
+        let timeout = Timespec::try_from(timeout).ok();
         let ready = poll(&mut [PollFd::new(self, PollFlags::IN)], timeout.as_ref())?;
         Ok(ready > 0)
     }

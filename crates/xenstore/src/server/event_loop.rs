@@ -15,8 +15,10 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-/// Requests taken from one connection before the others have their turn.
+/// Requests taken from one connection before the others have their turn, and
+/// the time after which it is over even earlier.
 const REQUESTS_A_TURN: usize = 16;
+const TURN: Duration = Duration::from_millis(1);
 
 /// Connections of the control domain on the listening socket at a time.
 const LISTENED_LIMIT: usize = 256;
@@ -280,6 +282,7 @@ impl EventLoop {
 
     /// Takes some requests from a connection and answers them.
     fn serve(&mut self, id: ConnId, flags: EventFlags) {
+        let start = Instant::now();
         for _ in 0..REQUESTS_A_TURN {
             let Some(peer) = self.peers.get(&id) else { return };
             if self.has_to_wait(id, peer) {
@@ -312,6 +315,9 @@ impl EventLoop {
                 self.free(&held);
             }
             self.follow(&outcome.effects);
+            if start.elapsed() > TURN {
+                break;
+            }
         }
         self.send(id);
     }
