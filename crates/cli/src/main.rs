@@ -7,8 +7,10 @@
 
 mod args;
 mod block;
+mod control;
 mod demo;
 mod disk;
+mod dump;
 mod failure;
 mod file;
 mod image;
@@ -41,7 +43,7 @@ fn main() -> ExitCode {
         Command::Demo(_) => Err(Failure::new("demo: not there yet")),
         Command::Disk(disk) => disk::main(&disk),
         Command::Run(run) => run::main(&run),
-        Command::Dump(_) => Err(Failure::new("dump: not there yet")),
+        Command::Dump(dump) => dump::main(&dump),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
