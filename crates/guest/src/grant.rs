@@ -320,8 +320,9 @@ impl<X: Granter> Grant<X> {
     /// Ends access as [`Grant::end`] does.
     ///
     /// # Errors
-    /// The grant itself, if the peer still uses the page. A version 1 grant is as it was; a
-    /// version 2 grant admits no new use.
+    /// The grant itself, if the peer still uses the page: a version 1 grant is as it was, a
+    /// version 2 grant admits no new use. Also if the owner cannot take the page back yet
+    /// ([`Granter::page_back`]); then the peer is shut out already.
     pub fn try_end(mut self) -> Result<(OwnedRef<X>, X::Page), Grant<X>> {
         let (gref, page) = self.live_mut();
         if !gref.table().end_page(gref.gref(), page) {

@@ -126,6 +126,21 @@ pub struct UnmapError {
 /// What it returns are guards: dropping one unmaps. A page that is being read or written, by
 /// this program or by a device, is kept mapped by keeping its guard, in an [`Arc`] where several
 /// do.
+///
+/// ```
+/// use gnttab_abi::{DomId, GrantRef};
+/// use gnttab_guest::{Access, Grantee, MapError, MapRequest, MappedRun, Mapper, Mapping};
+///
+/// /// A ring of two pages, all or nothing.
+/// fn ring<X: Grantee>(mapper: &Mapper<X>, dom: DomId, refs: [u32; 2]) -> Result<MappedRun<X>, MapError> {
+///     mapper.map_run(dom, &refs.map(GrantRef), Access::ReadWrite)
+/// }
+///
+/// /// The pages of a request: those that can be had, or the first error; either way nothing leaks.
+/// fn segments<X: Grantee>(mapper: &Mapper<X>, requests: &[MapRequest]) -> Result<Vec<Mapping<X>>, MapError> {
+///     mapper.map(requests)?.into_iter().collect()
+/// }
+/// ```
 pub struct Mapper<X: Grantee>(Arc<Inner<X>>);
 
 struct Inner<X: Grantee> {

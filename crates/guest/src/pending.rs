@@ -269,6 +269,18 @@ impl<H> Queue<H> {
 /// * [`wait`](Pending::wait) attempts it with pauses, for a while;
 /// * `.await` is told by whoever calls [`GrantTable::retry_pending`];
 /// * dropping it leaves it to the queue, which drops the page and frees the reference when it may.
+///
+/// ```
+/// use gnttab_guest::{Grant, Granter, OwnedRef};
+///
+/// /// Shuts a device down: the page comes back, however long the peer takes.
+/// async fn take_back<X: Granter>(grant: Grant<X>) -> (OwnedRef<X>, X::Page) {
+///     match grant.end() {
+///         Ok(own) => own,
+///         Err(pending) => pending.await,
+///     }
+/// }
+/// ```
 #[must_use = "dropping it leaves the page to the queue"]
 pub struct Pending<X: Granter> {
     table: Arc<Shared<X>>,
@@ -465,8 +477,9 @@ impl<X: Granter> GrantTable<X> {
     /// The ends that wait on the queue, in no particular order.
     #[must_use]
     pub fn pending(&self) -> Vec<PendingView> {
-        // Room first: nothing is allocated with the lock held.
-        let mut views = Vec::with_capacity(self.stats().pending);
+        // Room first: nothing is allocated with the lock held. Without memory there is less to see.
+        let mut views = Vec::new();
+        let _ = views.try_reserve_exact(self.stats().pending);
         self.0.state.with(&*self.0.x, |state| {
             let room = views.capacity();
             views.extend(state.pages.views().chain(state.bare.views()).take(room));

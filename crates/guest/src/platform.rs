@@ -68,6 +68,9 @@ pub trait Hypercall {
 /// it until the peer has let go. What has to hold:
 /// 1. As long as the value exists the frame is used for nothing else, and its number stays.
 /// 2. The bytes are reached only in ways that allow for a peer who changes them at any moment.
+///
+/// A page of a larger buffer is one too: the buffer in an [`Arc`](alloc::sync::Arc), and an index.
+/// The buffer is then freed with the last of its pages.
 pub trait Page {
     /// The frame's number, as the hypervisor expects it from this kind of guest: a gfn for
     /// auto-translated guests, the machine frame for PV.
@@ -87,6 +90,66 @@ pub enum FrameKind {
 }
 
 /// What a domain that grants its pages has to give.
+///
+/// All of it for a PVH guest, whose kernel set pages aside at `TABLE` for table frames and has the
+/// two hypercalls:
+///
+/// ```
+/// use core::ops::Range;
+/// use core::ptr::NonNull;
+///
+/// use gnttab_abi::{Abi, AddToPhysmap, Command, Errno, Gfn};
+/// use gnttab_guest::{Call, FrameKind, Granter, Hypercall, Page, ReachError, TableFrame, reach};
+///
+/// # fn grant_table_op(_: Command, _: &mut [u8], _: u32) -> Result<(), Errno> { Ok(()) }
+/// # fn memory_op(_: AddToPhysmap) -> Result<(), Errno> { Ok(()) }
+/// # fn delay(_: u32) {}
+/// # struct KernelPage { gfn: u64, bytes: *mut u8 }
+/// # impl Page for KernelPage {
+/// #     fn gfn(&self) -> Gfn { Gfn(self.gfn) }
+/// #     fn zero(&mut self) {}
+/// # }
+/// /// Guest frame number and address of the pages set aside, and how many there are.
+/// const TABLE: (u64, usize, u32) = (0xf_0000, 0xffff_8880_f000_0000, 64);
+///
+/// struct Kernel;
+///
+/// impl Hypercall for Kernel {
+///     fn grant_table_op(&self, mut call: Call<'_>) -> Result<(), Errno> {
+///         let mut bytes = [0; 4096];
+///         let address = bytes.as_ptr().addr() as u64;
+///         let raw = call.encode(Abi::X86_64, address, &mut bytes).map_err(|_| Errno::TooBig)?;
+///         let result = grant_table_op(raw.command, &mut bytes[..raw.len], raw.count);
+///         // Items that were done before the call failed keep their results.
+///         call.decode(Abi::X86_64, &bytes).map_err(|_| Errno::TooBig)?;
+///         result
+///     }
+///     fn sleep_ms(&self, ms: u32) {
+///         delay(ms);
+///     }
+/// }
+///
+/// impl Granter for Kernel {
+///     type Page = KernelPage;
+///
+///     fn reach(&self, kind: FrameKind, frames: Range<u32>) -> Result<(), ReachError> {
+///         if kind == FrameKind::Status || frames.end > TABLE.2 {
+///             return Err(ReachError::NoRoom(frames.end));
+///         }
+///         for place in reach::physmap(kind, frames, |index| Gfn(TABLE.0 + u64::from(index))) {
+///             memory_op(place)?;
+///         }
+///         Ok(())
+///     }
+///
+///     fn frame(&self, _kind: FrameKind, index: u32) -> Option<TableFrame> {
+///         let address = TABLE.1 + usize::try_from(index).ok()? * 4096;
+///         let address = NonNull::new(core::ptr::with_exposed_provenance_mut(address))?;
+///         // SAFETY: the kernel maps these pages for ever and uses them for nothing else.
+///         Some(unsafe { TableFrame::new(address) })
+///     }
+/// }
+/// ```
 pub trait Granter: Hypercall {
     /// The pages that it grants.
     type Page: Page;

@@ -283,7 +283,34 @@ impl<X: Granter> GrantTable<X> {
     /// Wakes `waker`, once, when at least `wanted` references are free; at once if they are.
     /// Asking again with a waker that would wake the same task only changes the number.
     ///
-    /// A kernel without tasks makes a waker of any callback with [`alloc::task::Wake`].
+    /// A kernel without tasks makes a waker of any callback with [`alloc::task::Wake`]:
+    ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/guest/fake.rs"));
+    /// use std::task::{Wake, Waker};
+    ///
+    /// use gnttab_guest::{Config, GrantTable};
+    ///
+    /// /// A queue of a device, stopped for want of references.
+    /// struct Queue(AtomicBool);
+    ///
+    /// impl Wake for Queue {
+    ///     fn wake(self: Arc<Self>) {
+    ///         self.0.store(true, Ordering::Relaxed); // runs again
+    ///     }
+    /// }
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let table = GrantTable::start(Machine::new().domain(DomId(1)), Config { max_frames: 1, ..Config::default() })?;
+    /// let refs = table.alloc(table.stats().free)?;
+    /// let queue = Arc::new(Queue(AtomicBool::new(false)));
+    /// table.on_free(16, &Waker::from(queue.clone()))?;
+    /// assert!(!queue.0.load(Ordering::Relaxed));
+    /// drop(refs);
+    /// assert!(queue.0.load(Ordering::Relaxed));
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`TooManyWaiters`].

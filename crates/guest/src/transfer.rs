@@ -36,6 +36,22 @@ impl<X: Granter> GrantTable<X> {
     /// Offers `peer` to take over a page of its. `slot` is the guest frame that the page is to
     /// fill, or frame 0 where there is none.
     ///
+    /// ```
+    /// use gnttab_abi::{DomId, Gfn};
+    /// use gnttab_guest::{GrantTable, Granter, OfferEnd, OwnedRef};
+    ///
+    /// /// Waits until the peer was told the reference, then takes what came.
+    /// fn receive<X: Granter>(table: &GrantTable<X>, gref: OwnedRef<X>, tell: impl Fn(u32)) -> Option<Gfn> {
+    ///     let offer = table.offer(gref, DomId(2), Gfn(0)).ok()?;
+    ///     tell(offer.gref().0);
+    ///     match offer.end() {
+    ///         Ok(OfferEnd::Received { frame, .. }) => Some(frame),
+    ///         Ok(OfferEnd::Withdrawn(_)) => None,
+    ///         Err(_still_on_its_way) => None, // kept by the queue
+    ///     }
+    /// }
+    /// ```
+    ///
     /// # Errors
     /// [`GrantError`] with the reference.
     pub fn offer(

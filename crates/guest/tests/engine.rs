@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use gnttab_abi::{
     Abi, AddToPhysmap, Copy, CopyFlags, CopyPtr, DomId, Errno, Gfn, GrantRef, GrantStatus, Mfn, PAGE_SIZE,
@@ -488,8 +489,12 @@ fn t_396a_against_the_engine() {
             });
             let mut given = Some((gref, page));
             let mut rounds = 0;
-            // Until they have met often enough.
-            while !peer.is_finished() && (rounds < 300 || mapped.load(Ordering::Relaxed) < 20) {
+            // Until they have met often enough; on a busy machine that may take too long.
+            let deadline = Instant::now() + Duration::from_secs(3);
+            while !peer.is_finished()
+                && Instant::now() < deadline
+                && (rounds < 300 || mapped.load(Ordering::Relaxed) < 20)
+            {
                 rounds += 1;
                 let (gref, page) = given.take().unwrap();
                 let mut grant = bench.table.grant_zeroed(gref, C, page, Access::ReadOnly).unwrap();

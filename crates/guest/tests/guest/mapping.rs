@@ -425,7 +425,7 @@ fn gst_8_t_406_concurrent_mapping_keeps_the_books_right() {
         for gref in pair.refs() {
             let mapper = &pair.mapper;
             scope.spawn(move || {
-                for round in 0..2000 {
+                for round in 0..500 {
                     let access = if round % 2 == 0 {
                         Access::ReadOnly
                     } else {
