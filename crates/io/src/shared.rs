@@ -57,10 +57,6 @@ pub struct SharedPages {
     pages: usize,
     access: Access,
     /// Keeps heap pages alive, and says which is our first; `None` for memory whose owner is elsewhere.
-    #[cfg_attr(
-        not(any(test, feature = "fake")),
-        expect(dead_code, reason = "held for its lifetime, read by observers")
-    )]
     heap: Option<(HeapPages, usize)>,
 }
 
@@ -189,6 +185,12 @@ impl SharedPages {
             len,
             pages: PhantomData,
         }
+    }
+
+    /// The [`HeapPages`] this is a view of, by its number.
+    #[must_use]
+    pub fn heap_id(&self) -> Option<usize> {
+        self.heap.as_ref().map(|(heap, _)| heap.id())
     }
 
     fn assert_writable(&self) {
@@ -437,6 +439,12 @@ impl HeapPages {
     #[must_use]
     pub fn pages(&self) -> usize {
         self.0.pages.len()
+    }
+
+    /// A number that tells one run from another while both live.
+    #[must_use]
+    pub fn id(&self) -> usize {
+        self.0.pages.as_ptr().addr()
     }
 
     /// Whether both are the same memory.

@@ -1,9 +1,6 @@
 //! Frontend and backend against each other: every combination of what can be negotiated, by digest.
 
-#![expect(
-    clippy::tests_outside_test_module,
-    reason = "this whole file is tests"
-)]
+#![expect(clippy::tests_outside_test_module, reason = "this whole file is tests")]
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};

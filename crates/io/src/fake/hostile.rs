@@ -75,6 +75,12 @@ impl HostileFrontend {
         })
     }
 
+    /// Layout of the ring.
+    #[must_use]
+    pub fn abi(&self) -> Abi {
+        self.abi
+    }
+
     /// The ring's references.
     #[must_use]
     pub fn ring(&self) -> &[GrantRef] {
