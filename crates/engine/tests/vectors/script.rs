@@ -60,6 +60,13 @@ pub(crate) struct Step {
     pub(crate) action: Action,
 }
 
+impl Step {
+    /// Whether it is a call with more than one item.
+    pub(crate) fn is_batch(&self) -> bool {
+        matches!(&self.action, Action::Call(call) if call.items.len() > 1)
+    }
+}
+
 /// What a step does or checks.
 #[derive(Clone, Debug)]
 pub(crate) enum Action {
@@ -212,7 +219,7 @@ fn holds(text: &str) -> Result<Where, String> {
 }
 
 /// What a head may say besides kinds, versions, widths and references.
-const SETTINGS: [&str; 13] = [
+const SETTINGS: [&str; 14] = [
     "G",
     "arm32",
     "bare",
@@ -226,6 +233,7 @@ const SETTINGS: [&str; 13] = [
     "no-transitive",
     "policy",
     "vcpus",
+    "whole",
 ];
 
 /// One step.
