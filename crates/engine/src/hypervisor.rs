@@ -265,6 +265,15 @@ pub trait Hypervisor: Send + Sync + Sized {
         Err(Errno::NoSys)
     }
 
+    /// Maps a foreign frame at `gfn` of a translated toolstack domain (spec 6.1 step 10).
+    ///
+    /// # Errors
+    /// The errno of the memory operation.
+    fn map_foreign(&self, caller: &Self::Domain, gfn: Gfn, mfn: Mfn) -> Result<(), Errno> {
+        let _ = (caller, gfn, mfn);
+        Err(Errno::NoSys)
+    }
+
     // --- policy (spec 3.2); the defaults are Xen's plain policy ---------------------------------
 
     /// Whether `domain` is a control domain.

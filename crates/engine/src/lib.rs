@@ -50,6 +50,7 @@ mod iommu;
 pub mod machine;
 mod map;
 mod maptrack;
+mod memory_op;
 #[cfg(all(test, loom))]
 mod models;
 mod observe;
@@ -77,8 +78,9 @@ pub use hypervisor::{
     Access, DomainKind, FrameOwner, Hook, HostError, HostMapping, HostUnmapping, Hypervisor, ResolveError,
     Resolved, StealError,
 };
+pub use memory_op::MemoryOutcome;
 pub use observe::{DomainView, EntryCounts, EntryView, EntryWords, MappingView};
 pub use setup::{COMPAT_SETUP_FRAMES, COMPAT_STATUS_FRAMES_4_17, TableResource, TableSize};
 pub use shared::PageWords;
-pub use teardown::{Release, Retired};
+pub use teardown::{InUse, Release, Retired};
 pub use unmap::UNMAP_GROUP;

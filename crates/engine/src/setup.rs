@@ -192,15 +192,8 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// The errno of the memory operation; a table that grew stays grown.
     pub fn place_frame(&mut self, vcpu: &Vcpu<H>, dom: DomId, idx: u64, gfn: Gfn) -> Result<(), Errno> {
         let hv = &self.engine.hv;
-        let caller = &vcpu.domain;
         // 2 to 5
-        let target = self.lookup_any(caller, dom).ok_or(Errno::Srch)?;
-        if !target.kind().is_translated() {
-            return Err(Errno::Acces);
-        }
-        if target.id() != caller.id() && !hv.may_setup(caller.private(), target.private()) {
-            return Err(Errno::Perm);
-        }
+        let target = self.may_place(vcpu, dom)?;
         if gfn == Gfn::INVALID {
             return Err(Errno::Inval);
         }
@@ -220,6 +213,20 @@ impl<H: Hypervisor> Processor<'_, H> {
         hv.hook(Hook::PlaceFrame);
         // 8
         hv.place_table_page(target.private(), page, gfn)
+    }
+
+    /// The domain whose table frames the caller may place (spec 6.2 steps 2 to 4).
+    pub(crate) fn may_place(&mut self, vcpu: &Vcpu<H>, dom: DomId) -> Result<Arc<Domain<H>>, Errno> {
+        let hv = &self.engine.hv;
+        let caller = &vcpu.domain;
+        let target = self.lookup_any(caller, dom).ok_or(Errno::Srch)?;
+        if !target.kind().is_translated() {
+            return Err(Errno::Acces);
+        }
+        if target.id() != caller.id() && !hv.may_setup(caller.private(), target.private()) {
+            return Err(Errno::Perm);
+        }
+        Ok(target)
     }
 
     /// Makes one frame of a table exist (spec 6.3). The target's `admin` is held.

@@ -5,11 +5,14 @@
 //! [`Engine::retire`]. A domain whose frames others still use stays findable, with its table, until
 //! the last of them lets go, and then goes by itself.
 
+use alloc::vec::Vec;
+
 use gnttab_abi::{DomId, GrantHandle, GrantRef};
 
 use crate::domain::{Domain, Vcpu};
 use crate::engine::{Engine, Processor};
 use crate::hypervisor::{Hook, Hypervisor};
+use crate::observe::EntryView;
 use crate::sync::Ordering;
 
 /// How far the release of a dead domain's mappings got.
@@ -28,6 +31,18 @@ pub enum Release {
     /// The domain is not dying, or one of its vCPUs is still held.
     StillRunning,
 }
+
+/// What a soft reset finds in use (spec 7.4). It revokes nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InUse {
+    /// The first entries in use, ten at most.
+    pub entries: Vec<EntryView>,
+    /// All entries in use.
+    pub total: u32,
+}
+
+/// Entries that a soft reset names one by one.
+const NAMED: usize = 10;
 
 /// What became of a domain that was retired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +102,28 @@ impl<H: Hypervisor> Engine<H> {
 }
 
 impl<H: Hypervisor> Processor<'_, H> {
+    /// A domain is reset softly: table, version, pins and its own mappings stay (spec 7.4). Says
+    /// what of its table is in use, for the log; `None`: no such domain.
+    pub fn soft_reset(&mut self, dom: DomId) -> Option<InUse> {
+        let mut found = InUse {
+            entries: Vec::new(),
+            total: 0,
+        };
+        self.enter(dom)?;
+        for gref in 0..u32::MAX {
+            let Some(entry) = self.entry(dom, GrantRef(gref)) else {
+                break;
+            };
+            if entry.pins.any() {
+                found.total += 1;
+                if found.entries.len() < NAMED {
+                    found.entries.push(entry);
+                }
+            }
+        }
+        Some(found)
+    }
+
     /// Releases mappings of a dying domain, from the highest handle down, at most `budget` records
     /// looked at (spec 7.2). The caller has taken every vCPU of the domain, so that none of its
     /// calls is under way.

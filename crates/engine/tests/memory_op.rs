@@ -1,0 +1,227 @@
+//! The raw door of the memory operations (spec 6, vectors) and soft reset (7.4).
+#![cfg(feature = "machine")]
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use gnttab_abi::{
+        Abi, AcquireResource, AddToPhysmap, DomId, Errno, MEMOP_ACQUIRE_RESOURCE, MEMOP_ADD_TO_PHYSMAP,
+        MapFlags,
+    };
+    use gnttab_engine::machine::{C, G, P, Scene};
+    use gnttab_engine::{Config, DomainKind, Fault, GuestMemory, MemoryOutcome, Reference, Vcpu};
+
+    /// One page of a caller's memory, at address 0x1000.
+    struct Page(RefCell<[u8; 4096]>);
+
+    const AT: u64 = 0x1000;
+
+    impl Page {
+        fn range(&self, addr: u64, len: usize) -> Result<std::ops::Range<usize>, Fault> {
+            let start = usize::try_from(addr.wrapping_sub(AT)).map_err(|_| Fault { addr })?;
+            let end = start
+                .checked_add(len)
+                .filter(|end| *end <= 4096)
+                .ok_or(Fault { addr })?;
+            Ok(start..end)
+        }
+    }
+
+    impl GuestMemory for Page {
+        fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
+            let range = self.range(addr, into.len())?;
+            into.copy_from_slice(&self.0.borrow()[range]);
+            Ok(())
+        }
+        fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), Fault> {
+            let range = self.range(addr, bytes.len())?;
+            self.0.borrow_mut()[range].copy_from_slice(bytes);
+            Ok(())
+        }
+    }
+
+    fn acquire(scene: &Scene, caller: DomId, abi: Abi, call: &AcquireResource) -> (MemoryOutcome, Page) {
+        let page = Page(RefCell::new([0; 4096]));
+        call.encode(abi, &mut page.0.borrow_mut()[..]).unwrap();
+        let domain = scene.engine.domain(caller).unwrap();
+        let vcpu = Vcpu::take(&domain, 0).unwrap();
+        let mut cpu = scene.engine.any_processor().unwrap();
+        (cpu.memory_op(&vcpu, abi, MEMOP_ACQUIRE_RESOURCE, AT, &page), page)
+    }
+
+    fn resource() -> AcquireResource {
+        AcquireResource {
+            domid: G,
+            kind: 1,
+            ..AcquireResource::default()
+        }
+    }
+
+    fn failed(errno: Errno) -> MemoryOutcome {
+        MemoryOutcome::Done(Err(errno))
+    }
+
+    const OKAY: MemoryOutcome = MemoryOutcome::Done(Ok(()));
+
+    #[test]
+    fn x20_to_x22_the_size_is_asked_for_without_a_list() {
+        let scene = Scene::pv().build();
+        for abi in Abi::ALL {
+            for (id, size) in [(0, 64), (1, 8)] {
+                let (done, page) = acquire(&scene, P, abi, &AcquireResource { id, ..resource() });
+                assert_eq!(done, OKAY);
+                let answer = AcquireResource::decode(abi, &page.0.borrow()[..]).unwrap();
+                assert_eq!(answer.nr_frames, size);
+            }
+            let unknown = AcquireResource { id: 2, ..resource() };
+            assert_eq!(acquire(&scene, P, abi, &unknown).0, failed(Errno::Inval));
+        }
+    }
+
+    #[test]
+    fn x23_and_x24_frames_are_made_and_stored() {
+        let scene = Scene::pv().build();
+        let call = AcquireResource {
+            nr_frames: 1,
+            frame: 63,
+            frame_list: AT + 64,
+            ..resource()
+        };
+        let (done, page) = acquire(&scene, P, Abi::X86_64, &call);
+        assert_eq!(done, OKAY);
+        assert_ne!(page.0.borrow()[64..72], [0; 8]);
+        assert_eq!(scene.engine.domain(G).unwrap().frames().0, 64);
+    }
+
+    #[test]
+    fn x26_x32_and_x33_arguments_are_checked() {
+        let scene = Scene::pv().build();
+        let list = AT + 64;
+        for call in [
+            AcquireResource {
+                frame_list: list,
+                ..resource()
+            },
+            AcquireResource {
+                nr_frames: 1,
+                frame_list: list,
+                frame: 1 << 32,
+                ..resource()
+            },
+            AcquireResource {
+                nr_frames: 1,
+                frame_list: list,
+                frame: u64::from(u32::MAX),
+                ..resource()
+            },
+            AcquireResource {
+                nr_frames: 1,
+                frame_list: list,
+                pad: 1,
+                ..resource()
+            },
+            AcquireResource {
+                nr_frames: 2,
+                frame_list: list,
+                frame: 63,
+                ..resource()
+            },
+            AcquireResource {
+                nr_frames: 1,
+                ..resource()
+            },
+        ] {
+            assert_eq!(
+                acquire(&scene, P, Abi::X86_64, &call).0,
+                failed(Errno::Inval),
+                "{call:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn x29_to_x31_and_x34_who_may_acquire() {
+        let scene = Scene::pv().build();
+        let of = |domid| AcquireResource { domid, ..resource() };
+        assert_eq!(
+            acquire(&scene, P, Abi::X86_64, &of(DomId::SELF)).0,
+            failed(Errno::Srch)
+        );
+        assert_eq!(acquire(&scene, P, Abi::X86_64, &of(P)).0, failed(Errno::Perm));
+        assert_eq!(acquire(&scene, C, Abi::X86_64, &of(G)).0, failed(Errno::Perm));
+        let old = Scene::hvm()
+            .config(|config: &mut Config| config.reference = Reference::V4_17)
+            .build();
+        assert_eq!(acquire(&old, C, Abi::X86_64, &of(G)).0, failed(Errno::Acces));
+    }
+
+    #[test]
+    fn a_list_that_faults_is_a_fault_and_what_exists_stays() {
+        let scene = Scene::pv().build();
+        let call = AcquireResource {
+            nr_frames: 40,
+            frame_list: AT + 4096 - 8,
+            ..resource()
+        };
+        assert_eq!(acquire(&scene, P, Abi::X86_64, &call).0, failed(Errno::Fault));
+        assert!(scene.engine.domain(G).unwrap().frames().0 >= 32);
+    }
+
+    #[test]
+    fn other_spaces_resources_and_commands_are_the_embedders() {
+        let scene = Scene::pv().build();
+        let other = AcquireResource {
+            kind: 0,
+            ..resource()
+        };
+        assert_eq!(acquire(&scene, P, Abi::X86_64, &other).0, MemoryOutcome::NotOurs);
+        let page = Page(RefCell::new([0; 4096]));
+        let call = AddToPhysmap {
+            domid: DomId::SELF,
+            space: 2,
+            ..AddToPhysmap::default()
+        };
+        call.encode(Abi::X86_64, &mut page.0.borrow_mut()[..]).unwrap();
+        let domain = scene.engine.domain(C).unwrap();
+        let vcpu = Vcpu::take(&domain, 0).unwrap();
+        let mut cpu = scene.engine.any_processor().unwrap();
+        for command in [MEMOP_ADD_TO_PHYSMAP, 6] {
+            let done = cpu.memory_op(&vcpu, Abi::X86_64, command, AT, &page);
+            assert_eq!(done, MemoryOutcome::NotOurs);
+        }
+    }
+
+    #[test]
+    fn a_guest_of_32_bits_places_a_frame_and_all_ones_are_no_place() {
+        let scene = Scene::pv().kind(C, DomainKind::Hvm).build();
+        let domain = scene.engine.domain(C).unwrap();
+        let vcpu = Vcpu::take(&domain, 0).unwrap();
+        let mut cpu = scene.engine.any_processor().unwrap();
+        for (gpfn, expected) in [(0x7_7777, OKAY), (u64::from(u32::MAX), failed(Errno::Inval))] {
+            let page = Page(RefCell::new([0; 4096]));
+            let call = AddToPhysmap {
+                domid: DomId::SELF,
+                space: 1,
+                idx: 0,
+                gpfn,
+                ..AddToPhysmap::default()
+            };
+            call.encode(Abi::X86_32, &mut page.0.borrow_mut()[..]).unwrap();
+            let done = cpu.memory_op(&vcpu, Abi::X86_32, MEMOP_ADD_TO_PHYSMAP, AT, &page);
+            assert_eq!(done, expected);
+        }
+    }
+
+    #[test]
+    fn l17_a_soft_reset_names_what_is_in_use_and_revokes_nothing() {
+        let scene = Scene::hvm().build();
+        let mapped = scene.map(scene.place(0), MapFlags::HOST_MAP);
+        assert!(mapped.status.is_okay());
+        let found = scene.engine.any_processor().unwrap().soft_reset(G).unwrap();
+        assert_eq!((found.total, found.entries.len()), (1, 1));
+        assert_eq!(found.entries[0].gref, Scene::GREF);
+        assert!(scene.unmap(scene.place(0), mapped.handle).is_okay());
+        assert_eq!(scene.audit(), []);
+    }
+}
