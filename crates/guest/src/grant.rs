@@ -5,7 +5,8 @@ use core::fmt;
 
 use gnttab_abi::{DomId, EntryFlags, Gfn, GrantRef, PAGE_SIZE};
 
-use crate::pending::{Bare, Item, PendingView};
+use crate::pending::Bare;
+use crate::queue::{Item, PendingView};
 use crate::table::Shared;
 use crate::words::{Content, FrameTooWide, Outcome};
 use crate::{GrantTable, Granter, OwnedRef, Page, Pending, Version};

@@ -10,7 +10,8 @@ use core::task::Waker;
 use gnttab_abi::{GrantRef, NR_RESERVED_ENTRIES, V1_ENTRIES_PER_PAGE, status_pages_for};
 
 use crate::free::{FreeSet, Room};
-use crate::pending::{Bare, Queue};
+use crate::pending::Bare;
+use crate::queue::Queue;
 use crate::sync::Lock;
 use crate::version::{self, VersionStuck};
 use crate::words::{Frames, OfferOutcome, Outcome};

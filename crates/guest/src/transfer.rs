@@ -5,7 +5,8 @@ use core::fmt;
 
 use gnttab_abi::{DomId, EntryFlags, Gfn, GrantRef};
 
-use crate::pending::{Bare, PendingView};
+use crate::pending::Bare;
+use crate::queue::PendingView;
 use crate::words::{Content, OfferOutcome};
 use crate::{GrantError, GrantTable, Granter, OwnedRef};
 
