@@ -12,3 +12,6 @@ pub mod area;
 pub mod confine;
 pub mod hostile;
 pub mod launch;
+pub mod monitor;
+pub mod protocol;
+pub mod runtime;

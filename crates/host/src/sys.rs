@@ -11,17 +11,19 @@
 //! 4. Every descriptor is close-on-exec and is received with that flag set.
 
 pub(crate) mod attack;
+mod bridge;
 mod channel;
 mod event;
 mod memory;
 mod process;
 mod window;
 
+pub use bridge::WindowPages;
 pub use channel::{Channel, ChannelError, MAX_DESCRIPTORS, Message};
 pub use event::{Event, EventPort, Poller};
 pub use memory::{Backing, MemoryError, SealedMemory};
 pub(crate) use process::{
     become_undumpable, become_user, die_with_parent, give_up_new_privileges, is_root, limit,
-    take_channel_from_stdin, take_inherited,
+    raise_descriptor_limit, take_channel_from_stdin, take_inherited,
 };
 pub use window::{Access, Window, WindowError};

@@ -62,6 +62,19 @@ pub(crate) fn limit(resource: Resource, value: u64) -> Result<(), Errno> {
     )
 }
 
+/// Allows this process as many descriptors as it may have: the soft limit becomes the hard one.
+pub(crate) fn raise_descriptor_limit() -> u64 {
+    let now = process::getrlimit(Resource::Nofile);
+    let _ = process::setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: now.maximum,
+            maximum: now.maximum,
+        },
+    );
+    process::getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
 /// No core dump, and nobody of the same user may trace this process or look into its `/proc`.
 ///
 /// # Errors

@@ -78,7 +78,7 @@ pub enum WindowError {
 
 /// A reserved range of whole pages. See the module's rules.
 pub struct Window {
-    start: NonNull<u8>,
+    pub(super) start: NonNull<u8>,
     pages: usize,
     /// What each page allows. Only a hint for friendly errors: the kernel enforces it.
     access: Box<[AtomicU8]>,

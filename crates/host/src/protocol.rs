@@ -1,0 +1,295 @@
+//! What the monitor and a domain's process say to each other.
+//!
+//! There are two ways. Calls go through the [hypercall areas](crate::area), one for each vCPU: a number and
+//! four arguments, constants below. Descriptors come over the channel, always as the consequence of a call
+//! (or at the start) and always before its answer: a [`Notice`] says what they are. A domain sends nothing
+//! over the channel.
+//!
+//! Every layout is little-endian, of fixed size, and read with each field checked.
+
+use std::fmt;
+
+use gnttab_abi::{Abi, DomId, Errno, Gfn};
+
+/// The calling ABI of domains on this machine.
+pub const ABI: Abi = if cfg!(target_arch = "aarch64") {
+    Abi::Arm
+} else {
+    Abi::X86_64
+};
+
+/// `grant_table_op`: command, offset of the items in the buffer, their count.
+pub const CALL_GRANT_TABLE: u32 = 20;
+/// `memory_op`: command, offset of the argument. Only `add_to_physmap` for the grant table; what it
+/// answers is the number of the page among the domain's table pages.
+pub const CALL_MEMORY: u32 = 12;
+/// Makes pages shareable: first gfn, count. Each comes as a [`NoticeKind::Page`].
+pub const CALL_SHARE: u32 = 0x4001;
+/// Renews a page that was exposed: gfn. Answers 1 if it comes as a [`NoticeKind::Page`], 0 if it did not
+/// need to; `EBUSY` while somebody maps it.
+pub const CALL_RENEW: u32 = 0x4002;
+/// Makes one end of an event channel: the domain that may take the other. Answers the port, which comes as
+/// a [`NoticeKind::Port`].
+pub const CALL_PORT_NEW: u32 = 0x4003;
+/// Takes the other end: domain and its port. Answers the own port, which comes as a [`NoticeKind::Port`].
+pub const CALL_PORT_BIND: u32 = 0x4004;
+/// Gives a port up: its number. The descriptors are the domain's to close.
+pub const CALL_PORT_CLOSE: u32 = 0x4005;
+
+/// Pages that one [`CALL_SHARE`] may name.
+pub const MAX_SHARE: u64 = 256;
+
+const MAGIC: u32 = 0x4754_4e47;
+const VERSION: u32 = 1;
+
+/// Why bytes are not what they should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the {what} from the monitor is not one: {why}")]
+pub struct BadMessage {
+    what: &'static str,
+    why: &'static str,
+}
+
+/// The monitor's first words: what the domain is made of.
+///
+/// With it come, in this order: its memory, its table pages, its exposure bytes (read-only), its
+/// connection to the store. A [`NoticeKind::Vcpu`] for each vCPU follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The domain's number.
+    pub domain: DomId,
+    /// How many vCPUs it has.
+    pub vcpus: u16,
+    /// Pages of its memory: gfns from 0.
+    pub ram_pages: u32,
+    /// Pages for others' pages: the gfns behind its memory.
+    pub foreign_pages: u32,
+    /// Pages set aside for its grant table and status words.
+    pub table_pages: u32,
+}
+
+/// Descriptors that come with a [`Hello`].
+pub const HELLO_DESCRIPTORS: usize = 4;
+
+/// What descriptors are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum NoticeKind {
+    /// The hypercall area of a vCPU; the key is its number.
+    Vcpu,
+    /// New backing of pages of the domain's own; the key is the first gfn, the others follow it.
+    Page,
+    /// Another domain's page that was mapped for reading; the key is `host_addr`.
+    ForeignRead,
+    /// Another domain's page that was mapped for writing; the key is `host_addr`.
+    ForeignWrite,
+    /// An event port, what comes in and what goes out; the key is its number.
+    Port,
+}
+
+impl NoticeKind {
+    const ALL: [NoticeKind; 5] = [
+        NoticeKind::Vcpu,
+        NoticeKind::Page,
+        NoticeKind::ForeignRead,
+        NoticeKind::ForeignWrite,
+        NoticeKind::Port,
+    ];
+}
+
+/// Says what the descriptors of a message are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Notice {
+    /// What they are.
+    pub kind: NoticeKind,
+    /// Which of that kind: see [`NoticeKind`].
+    pub key: u64,
+}
+
+/// Bytes of a [`Hello`].
+pub const HELLO_SIZE: usize = 32;
+/// Bytes of a [`Notice`].
+pub const NOTICE_SIZE: usize = 16;
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    let mut word = [0; 4];
+    word.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_le_bytes(word)
+}
+
+impl Hello {
+    /// As bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; HELLO_SIZE] {
+        let mut bytes = [0; HELLO_SIZE];
+        let ids = u32::from(self.domain.0) | u32::from(self.vcpus) << 16;
+        let words = [
+            MAGIC,
+            VERSION,
+            ids,
+            self.ram_pages,
+            self.foreign_pages,
+            self.table_pages,
+        ];
+        for (at, word) in bytes.chunks_exact_mut(4).zip(words) {
+            at.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// From bytes.
+    ///
+    /// # Errors
+    /// [`BadMessage`] for anything that [`Self::encode`] does not make.
+    pub fn decode(bytes: &[u8]) -> Result<Hello, BadMessage> {
+        let bad = |why| BadMessage { what: "hello", why };
+        if bytes.len() != HELLO_SIZE {
+            return Err(bad("its length is wrong"));
+        }
+        if word(bytes, 0) != MAGIC {
+            return Err(bad("it is no hello"));
+        }
+        if word(bytes, 4) != VERSION {
+            return Err(bad("this program and the monitor are of different versions"));
+        }
+        let [a, b, c, d] = word(bytes, 8).to_le_bytes();
+        let hello = Hello {
+            domain: DomId(u16::from_le_bytes([a, b])),
+            vcpus: u16::from_le_bytes([c, d]),
+            ram_pages: word(bytes, 12),
+            foreign_pages: word(bytes, 16),
+            table_pages: word(bytes, 20),
+        };
+        if hello.vcpus == 0 || hello.ram_pages == 0 || hello.table_pages == 0 {
+            return Err(bad("the domain has no vCPU, no memory or no table"));
+        }
+        Ok(hello)
+    }
+
+    /// The first gfn of the window for others' pages.
+    #[must_use]
+    pub fn first_foreign(&self) -> Gfn {
+        Gfn(self.ram_pages.into())
+    }
+}
+
+impl Notice {
+    /// As bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; NOTICE_SIZE] {
+        let mut bytes = [0; NOTICE_SIZE];
+        let kind = NoticeKind::ALL
+            .iter()
+            .zip(1_u32..)
+            .find(|(kind, _)| **kind == self.kind);
+        bytes[..4].copy_from_slice(&kind.map_or(0, |(_, number)| number).to_le_bytes());
+        bytes[8..].copy_from_slice(&self.key.to_le_bytes());
+        bytes
+    }
+
+    /// From bytes.
+    ///
+    /// # Errors
+    /// [`BadMessage`] for anything that [`Self::encode`] does not make.
+    pub fn decode(bytes: &[u8]) -> Result<Notice, BadMessage> {
+        let bad = |why| BadMessage { what: "notice", why };
+        let bytes: &[u8; NOTICE_SIZE] = bytes.try_into().map_err(|_| bad("its length is wrong"))?;
+        let number = word(bytes, 0);
+        let kind = NoticeKind::ALL
+            .iter()
+            .zip(1_u32..)
+            .find(|(_, known)| *known == number);
+        let (kind, _) = kind.ok_or(bad("its kind is unknown"))?;
+        let key = u64::from(word(bytes, 8)) | u64::from(word(bytes, 12)) << 32;
+        Ok(Notice { kind: *kind, key })
+    }
+}
+
+/// What a call answered: a number that is not negative, or an error.
+///
+/// # Errors
+/// The error whose negative number it is; [`Errno::Io`] for one that is not known.
+pub fn answer(result: i64) -> Result<u64, Errno> {
+    match u64::try_from(result) {
+        Ok(value) => Ok(value),
+        Err(_) => Err(u16::try_from(result.unsigned_abs())
+            .ok()
+            .and_then(Errno::from_number)
+            .unwrap_or(Errno::Io)),
+    }
+}
+
+impl fmt::Display for NoticeKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            NoticeKind::Vcpu => "hypercall area",
+            NoticeKind::Page => "page",
+            NoticeKind::ForeignRead => "foreign page for reading",
+            NoticeKind::ForeignWrite => "foreign page for writing",
+            NoticeKind::Port => "event port",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_come_back_as_sent() {
+        let hello = Hello {
+            domain: DomId(7),
+            vcpus: 2,
+            ram_pages: 4096,
+            foreign_pages: 100,
+            table_pages: 72,
+        };
+        assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
+        for kind in NoticeKind::ALL {
+            let notice = Notice {
+                kind,
+                key: 0x1234_5678_9abc_def0,
+            };
+            assert_eq!(Notice::decode(&notice.encode()), Ok(notice));
+        }
+    }
+
+    #[test]
+    fn a_message_cut_in_half_or_from_elsewhere_is_refused() {
+        let hello = Hello {
+            domain: DomId(7),
+            vcpus: 1,
+            ram_pages: 1,
+            foreign_pages: 0,
+            table_pages: 1,
+        };
+        let bytes = hello.encode();
+        for len in 0..bytes.len() {
+            assert!(Hello::decode(&bytes[..len]).is_err(), "{len} bytes");
+        }
+        for (at, value) in [(0, 0), (4, 9), (10, 0), (12, 0), (20, 0)] {
+            let mut other = bytes;
+            other[at] = value;
+            assert!(Hello::decode(&other).is_err(), "byte {at}");
+        }
+        let notice = Notice {
+            kind: NoticeKind::Port,
+            key: 1,
+        }
+        .encode();
+        for len in 0..notice.len() {
+            assert!(Notice::decode(&notice[..len]).is_err(), "{len} bytes");
+        }
+        for kind in [0, 6, 255] {
+            let mut other = notice;
+            other[0] = kind;
+            assert!(Notice::decode(&other).is_err(), "kind {kind}");
+        }
+    }
+
+    #[test]
+    fn answers_are_numbers_or_known_errors() {
+        assert_eq!(answer(5), Ok(5));
+        assert_eq!(answer(-16), Err(Errno::Busy));
+        assert_eq!(answer(i64::MIN + 1), Err(Errno::Io));
+    }
+}
