@@ -69,6 +69,9 @@ impl<H: Hypervisor> Run<H> {
     }
 }
 
+/// Of a near and a far granter, those that are dying.
+type Dying = [Option<DomId>; 2];
+
 /// The item has to start over: the granter changed the entry while it was let go.
 struct Restart;
 
@@ -282,13 +285,14 @@ impl<H: Hypervisor> Processor<'_, H> {
     }
 
     fn drop_buffer(&mut self, buffer: &Buffer, access: Access) {
-        if let Key::Grant(granter, gref) = buffer.key {
-            self.release(granter, gref, access);
-        }
+        let dying = match buffer.key {
+            Key::Grant(granter, gref) => self.release(granter, gref, access),
+            Key::Frame(_) => Dying::default(),
+        };
         if buffer.typed {
             self.engine.hv.put_writable(buffer.mfn);
         }
-        self.engine.hv.put_frame(buffer.mfn);
+        self.put_frame_and_reap(buffer.mfn, dying);
     }
 
     /// Acquires a use of an entry by grant: one pin in it, and one reference on the frame (spec
@@ -479,16 +483,25 @@ impl<H: Hypervisor> Processor<'_, H> {
     }
 
     fn release_far(&mut self, far: (DomId, GrantRef), access: Access, mfn: Mfn) {
-        self.release(far.0, far.1, access);
-        self.engine.hv.put_frame(mfn);
+        let dying = self.release(far.0, far.1, access);
+        self.put_frame_and_reap(mfn, dying);
     }
 
-    /// Ends a use by grant (spec 5.5), and that of the far grant behind a transitive one.
-    fn release(&mut self, granter: DomId, gref: GrantRef, access: Access) {
+    /// Drops a reference, and lets go of dying domains that it may have been the last use of.
+    fn put_frame_and_reap(&mut self, mfn: Mfn, dying: Dying) {
+        self.engine.hv.put_frame(mfn);
+        dying.into_iter().flatten().for_each(|id| self.engine.reap(id));
+    }
+
+    /// Ends a use by grant (spec 5.5), and that of the far grant behind a transitive one. Tells
+    /// which of the two domains are dying.
+    fn release(&mut self, granter: DomId, gref: GrantRef, access: Access) -> Dying {
         let engine = self.engine;
-        let Some(domain) = self.enter(granter) else { return };
+        let Some(domain) = self.enter(granter) else {
+            return Dying::default();
+        };
         let Some(entry) = domain.table.view().entry(gref) else {
-            return;
+            return Dying::default();
         };
         // A pin of the caller's own is left: what the state says besides the pins is fixed.
         let state = entry.active.load();
@@ -507,14 +520,10 @@ impl<H: Hypervisor> Processor<'_, H> {
                 }
             },
         );
-        let dying = domain.is_dying();
+        let dying = domain.is_dying().then_some(granter);
         drop(domain);
-        if let Some(far) = far {
-            self.release(far.0, far.1, access);
-        }
-        if dying {
-            self.engine.reap(granter);
-        }
+        let far = far.and_then(|far| self.release(far.0, far.1, access)[0]);
+        [dying, far]
     }
 }
 

@@ -11,9 +11,9 @@
 use alloc::vec::Vec;
 
 use gnttab_abi::{
-    Abi, CacheFlush, Command, Copy, DumpTable, Errno, GetStatusFrames, GetVersion, Gfn, GrantStatus,
-    MapGrantRef, Op, QuerySize, SetVersion, SetupTable, SwapGrantRef, Transfer, Truncated, UnmapAndReplace,
-    UnmapGrantRef,
+    Abi, COMPAT_COPY_CHUNK, COMPAT_SETUP_TABLE_FRAMES, COMPAT_STATUS_FRAMES, COMPAT_TRANSFER_CHUNK,
+    CacheFlush, Command, Copy, DumpTable, Errno, GetStatusFrames, GetVersion, Gfn, GrantStatus, MapGrantRef,
+    Op, QuerySize, SetVersion, SetupTable, SwapGrantRef, Transfer, Truncated, UnmapAndReplace, UnmapGrantRef,
 };
 
 use crate::cache::Flushed;
@@ -21,7 +21,6 @@ use crate::copy::Run;
 use crate::domain::{Reference, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{DomainKind, Hypervisor};
-use crate::setup::{COMPAT_SETUP_FRAMES, COMPAT_STATUS_FRAMES_4_17};
 use crate::unmap::{Removed, Request, UNMAP_GROUP};
 
 /// Guest memory could not be read or written.
@@ -84,9 +83,6 @@ pub enum Outcome {
 
 /// Largest structure of the interface.
 const LARGEST: usize = 40;
-/// Items of a chunk of 32-bit callers' transfers and copies (spec 3.1.4).
-const TRANSFER_CHUNK: u32 = 341;
-const COPY_CHUNK: u32 = 204;
 
 /// How a batch ended, before it is told to the guest.
 enum Stop {
@@ -175,24 +171,8 @@ impl<H: Hypervisor> Door<'_, '_, H> {
     }
 
     /// Bytes of an item of this call's operation.
-    fn item_size(&self) -> u64 {
-        let size = match self.call.command.op() {
-            Some(Op::MapGrantRef) => MapGrantRef::size(self.abi),
-            Some(Op::UnmapGrantRef) => UnmapGrantRef::size(self.abi),
-            Some(Op::SetupTable) => SetupTable::size(self.abi),
-            Some(Op::DumpTable) => DumpTable::size(self.abi),
-            Some(Op::Transfer) => Transfer::size(self.abi),
-            Some(Op::Copy) => Copy::size(self.abi),
-            Some(Op::QuerySize) => QuerySize::size(self.abi),
-            Some(Op::UnmapAndReplace) => UnmapAndReplace::size(self.abi),
-            Some(Op::SetVersion) => SetVersion::size(self.abi),
-            Some(Op::GetStatusFrames) => GetStatusFrames::size(self.abi),
-            Some(Op::GetVersion) => GetVersion::size(self.abi),
-            Some(Op::SwapGrantRef) => SwapGrantRef::size(self.abi),
-            Some(Op::CacheFlush) => CacheFlush::size(self.abi),
-            None => 0,
-        };
-        size as u64
+    fn item_size(&self) -> usize {
+        self.call.command.op().map_or(0, |op| op.arg_size(self.abi))
     }
 
     /// The door checks (spec 3.1.1), then the operation.
@@ -207,8 +187,8 @@ impl<H: Hypervisor> Door<'_, '_, H> {
             match Op::from_number(command.0) {
                 Some(Op::SetupTable) => return self.setup_table_compat(),
                 Some(Op::GetStatusFrames) => return self.get_status_frames_compat(),
-                Some(Op::Transfer) => return self.in_chunks(Op::Transfer, TRANSFER_CHUNK),
-                Some(Op::Copy) => return self.in_chunks(Op::Copy, COPY_CHUNK),
+                Some(Op::Transfer) => return self.in_chunks(Op::Transfer, COMPAT_TRANSFER_CHUNK),
+                Some(Op::Copy) => return self.in_chunks(Op::Copy, COMPAT_COPY_CHUNK),
                 _ => {}
             }
         }
@@ -226,7 +206,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         self.allowed(op)?;
         // 6
         if is_array(op) {
-            self.plausible(u64::from(count) * self.item_size())?;
+            self.plausible(u64::from(count) * self.item_size() as u64)?;
         }
         // 7
         match op {
@@ -273,14 +253,16 @@ impl<H: Hypervisor> Door<'_, '_, H> {
     }
 
     fn item_addr(&self, index: u32) -> u64 {
-        self.call.addr.wrapping_add(u64::from(index) * self.item_size())
+        self.call
+            .addr
+            .wrapping_add(u64::from(index) * self.item_size() as u64)
     }
 
     /// The one read of an argument.
     fn read(&self, index: u32) -> Result<Raw, Fault> {
         let mut raw = [0; LARGEST];
-        let size = usize::try_from(self.item_size()).unwrap_or(LARGEST);
-        self.memory.read(self.item_addr(index), &mut raw[..size])?;
+        self.memory
+            .read(self.item_addr(index), &mut raw[..self.item_size()])?;
         Ok(raw)
     }
 
@@ -387,12 +369,12 @@ impl<H: Hypervisor> Door<'_, '_, H> {
 
     /// 32-bit callers' transfers and copies: a chunk is read whole before its first item runs, and
     /// its statuses are written after its last, the last first (spec 3.1.4).
-    fn in_chunks(&mut self, op: Op, most: u32) -> Result<(), Stop> {
+    fn in_chunks(&mut self, op: Op, most: usize) -> Result<(), Stop> {
         let Call { count, .. } = self.call;
         if count > i32::MAX.cast_unsigned() {
             return Err(Errno::Inval.into());
         }
-        self.plausible(u64::from(count) * self.item_size())?;
+        self.plausible(u64::from(count) * self.item_size() as u64)?;
         if count == 0 {
             return Ok(());
         }
@@ -403,7 +385,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         let mut first = 0;
         while first < count {
             self.yield_before(first)?;
-            let chunk = most.min(count - first);
+            let chunk = u32::try_from(most).map_or(count, |most| most.min(count - first));
             first += self.chunk(op, first, chunk)?;
         }
         Ok(())
@@ -502,7 +484,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         if count > i32::MAX.cast_unsigned() {
             return Err(Errno::Inval.into());
         }
-        self.plausible(u64::from(count) * self.item_size())?;
+        self.plausible(u64::from(count) * self.item_size() as u64)?;
         if count == 0 {
             return Ok(());
         }
@@ -519,7 +501,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
             self.vcpu,
             item.dom,
             item.nr_frames,
-            Some(COMPAT_SETUP_FRAMES),
+            Some(COMPAT_SETUP_TABLE_FRAMES),
             &mut |i, gfn| {
                 let at = item.frame_list.wrapping_add(u64::from(i) * 4);
                 let fits = u32::try_from(gfn.0).is_ok();
@@ -544,7 +526,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         Ok(self.write_status(0, 6, status)?)
     }
 
-    fn status_frames(&mut self, item: &GetStatusFrames, capacity: Option<u32>) -> GrantStatus {
+    fn status_frames(&mut self, item: &GetStatusFrames, capacity: Option<usize>) -> GrantStatus {
         let (memory, list) = (self.memory, item.frame_list);
         // Xen 4.17 settles a 32-bit caller's status before the list is written.
         let settled = self.is_compat() && self.is_4_17();
@@ -565,7 +547,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         if count > i32::MAX.cast_unsigned() {
             return Err(Errno::Inval.into());
         }
-        self.plausible(u64::from(count) * self.item_size())?;
+        self.plausible(u64::from(count) * self.item_size() as u64)?;
         if count == 0 {
             return Ok(());
         }
@@ -577,7 +559,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         let mut item = decoded(GetStatusFrames::decode(self.abi, &raw))?;
         self.list_plausible(item.frame_list, item.nr_frames, 8)?;
         let old = self.is_4_17();
-        item.status = self.status_frames(&item, old.then_some(COMPAT_STATUS_FRAMES_4_17));
+        item.status = self.status_frames(&item, old.then_some(COMPAT_STATUS_FRAMES));
         if old {
             item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
             return Ok(self.write(0, 0, &raw[..GetStatusFrames::size(self.abi)])?);

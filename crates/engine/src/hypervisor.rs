@@ -231,6 +231,14 @@ pub trait Hypervisor: Send + Sync + Sized {
     /// The domain did what no live guest can: it must not run again.
     fn crash(&self, domain: &Self::Domain, why: &'static str);
 
+    /// Whether others still hold references on frames of a dying domain. Such a domain keeps its
+    /// number and its table; when the last reference has gone, the embedder calls
+    /// [`Engine::retire`](crate::Engine::retire) again.
+    fn is_held(&self, domain: &Self::Domain) -> bool {
+        let _ = domain;
+        false
+    }
+
     // --- the table's own frames ---------------------------------------------------------------
 
     /// A zeroed page for a grant table or status words, owned by `domain`; `None`: no memory.

@@ -80,7 +80,7 @@ pub use hypervisor::{
 };
 pub use memory_op::MemoryOutcome;
 pub use observe::{DomainView, EntryCounts, EntryView, EntryWords, MappingView};
-pub use setup::{COMPAT_SETUP_FRAMES, COMPAT_STATUS_FRAMES_4_17, TableResource, TableSize};
+pub use setup::{TableResource, TableSize};
 pub use shared::PageWords;
 pub use teardown::{InUse, Release, Retired};
 pub use unmap::UNMAP_GROUP;

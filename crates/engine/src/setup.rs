@@ -9,11 +9,6 @@ use crate::domain::{Domain, Vcpu, Version};
 use crate::engine::Processor;
 use crate::hypervisor::{DomainKind, Hook, Hypervisor};
 
-/// The most frames that a 32-bit caller's setup_table takes at once (spec 3.1.4).
-pub const COMPAT_SETUP_FRAMES: u32 = 1021;
-/// The most status frames that a 32-bit caller's get_status_frames takes in Xen 4.17.
-pub const COMPAT_STATUS_FRAMES_4_17: u32 = 1022;
-
 /// Sizes of a table, as query_size reports them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableSize {
@@ -45,14 +40,14 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// after the other, to `store`. A `store` that says false (the guest's list faulted) ends the
     /// report, or with [`Reference::V4_17`](crate::Reference) only spoils the status.
     ///
-    /// `capacity` is the most frames that the calling ABI can name: [`COMPAT_SETUP_FRAMES`] for
+    /// `capacity` is the most frames that the calling ABI can name: [`COMPAT_SETUP_TABLE_FRAMES`](gnttab_abi::COMPAT_SETUP_TABLE_FRAMES) for
     /// 32-bit callers.
     pub fn setup_table(
         &mut self,
         vcpu: &Vcpu<H>,
         dom: DomId,
         nr_frames: u32,
-        capacity: Option<u32>,
+        capacity: Option<usize>,
         store: &mut dyn FnMut(u32, Gfn) -> bool,
     ) -> GrantStatus {
         vcpu.counters().operation(Op::SetupTable);
@@ -67,7 +62,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         vcpu: &Vcpu<H>,
         dom: DomId,
         nr_frames: u32,
-        capacity: Option<u32>,
+        capacity: Option<usize>,
         store: &mut dyn FnMut(u32, Gfn) -> bool,
     ) -> Result<(), GrantStatus> {
         let hv = &self.engine.hv;
@@ -79,7 +74,7 @@ impl<H: Hypervisor> Processor<'_, H> {
             return Err(GrantStatus::PERMISSION_DENIED);
         }
         // 6, 7
-        if nr_frames > target.max_grant_frames() || capacity.is_some_and(|most| nr_frames > most) {
+        if nr_frames > target.max_grant_frames() || capacity.is_some_and(|most| nr_frames as usize > most) {
             return Err(GrantStatus::GENERAL_ERROR);
         }
         // 8
@@ -150,7 +145,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         vcpu: &Vcpu<H>,
         dom: DomId,
         nr_frames: u32,
-        capacity: Option<u32>,
+        capacity: Option<usize>,
         store: &mut dyn FnMut(u32, Gfn) -> bool,
     ) -> GrantStatus {
         vcpu.counters().operation(Op::GetStatusFrames);
@@ -165,7 +160,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         vcpu: &Vcpu<H>,
         dom: DomId,
         nr_frames: u32,
-        capacity: Option<u32>,
+        capacity: Option<usize>,
         store: &mut dyn FnMut(u32, Gfn) -> bool,
     ) -> Result<(), GrantStatus> {
         let hv = &self.engine.hv;
@@ -177,7 +172,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         }
         // 6
         let _admin = target.table.admin.lock();
-        if nr_frames > target.table.nr_status() || capacity.is_some_and(|most| nr_frames > most) {
+        if nr_frames > target.table.nr_status() || capacity.is_some_and(|most| nr_frames as usize > most) {
             return Err(GrantStatus::GENERAL_ERROR);
         }
         // 7

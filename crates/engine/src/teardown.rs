@@ -2,8 +2,9 @@
 //!
 //! In this order: [`Engine::begin_teardown`]; no vCPU of the domain acts any more;
 //! [`Processor::release_mappings`] until it is done; the hypervisor gives up the domain's memory;
-//! [`Engine::retire`]. A domain whose frames others still use stays findable, with its table, until
-//! the last of them lets go, and then goes by itself.
+//! [`Engine::retire`]. A domain whose frames others still use stays findable, with its table. It goes
+//! by itself with the last use of an entry; where references outlive uses ([`Hypervisor::is_held`]:
+//! the page tables of a dead PV grantee, say), with the call of `retire` after the last of them.
 
 use alloc::vec::Vec;
 
@@ -49,7 +50,8 @@ const NAMED: usize = 10;
 pub enum Retired {
     /// Its number is free again.
     Gone,
-    /// Entries of its table are still in use; it goes when the last use ends.
+    /// Entries of its table, or its frames, are still in use. It goes when the last use ends, or
+    /// when this is called after the last reference has gone.
     Held,
     /// There is no such domain, or it is not dying.
     NotDying,
@@ -77,7 +79,7 @@ impl<H: Hypervisor> Engine<H> {
         }
     }
 
-    /// Called where a use of a dying domain's entry has ended.
+    /// Called where a use of a dying domain's entry has ended, its reference included.
     pub(crate) fn reap(&self, id: DomId) {
         let Some(domain) = self.registry.find(id) else {
             return;
@@ -96,7 +98,7 @@ impl<H: Hypervisor> Engine<H> {
             view.entry(GrantRef(gref))
                 .is_some_and(|e| e.active.load().is_pinned())
         };
-        let used = (0..view.entries()).any(pinned);
+        let used = (0..view.entries()).any(pinned) || self.hv.is_held(domain.private());
         !used && self.registry.remove(domain.id()).is_some()
     }
 }

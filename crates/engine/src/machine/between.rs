@@ -292,6 +292,14 @@ where
         )
     }
 
+    fn is_held(&self, domain: &H::Domain) -> bool {
+        self.hv.is_held(domain)
+    }
+
+    fn map_foreign(&self, caller: &H::Domain, gfn: Gfn, mfn: Mfn) -> Result<(), Errno> {
+        self.hv.map_foreign(caller, gfn, mfn)
+    }
+
     fn retract_table_page(&self, domain: &H::Domain, page: &H::TablePage) -> bool {
         let mfn = self.hv.table_page_mfn(page);
         let request = Request::RetractTablePage {

@@ -368,6 +368,10 @@ impl Hypervisor for Machine {
         self.lock().domain_mut(domain.id()).crashes.push(why);
     }
 
+    fn is_held(&self, domain: &Guest) -> bool {
+        self.lock().frames_of(domain.id()) != 0
+    }
+
     fn alloc_table_page(&self, domain: &Guest) -> Option<TablePage> {
         let mut state = self.lock();
         let mfn = state.allocate(domain.id(), true)?;
