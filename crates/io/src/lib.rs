@@ -6,6 +6,7 @@
 //! | [`shared`] | memory that a hostile peer can write; the one module with `unsafe` |
 //! | [`ring`] | the request/response ring, both ends, over one page or several |
 //! | [`grants`] | what the drivers need of grant tables: [`Granter`](grants::Granter), [`Grantee`](grants::Grantee), [`Notify`](grants::Notify) |
+//! | [`throttle`] | how long to ignore a peer that sends events for nothing |
 //! | [`blkif`] | the block protocol: layouts of three ABIs, typed requests, [`BackendQueue`](blkif::BackendQueue), [`FrontendQueue`](blkif::FrontendQueue) |
 //! | [`blkif::handshake`] | how the two sides of a block device find each other in the XenStore, and the toolstack's part |
 //! | [`xenbus`] | what every handshake needs: states, and a small [`Store`](xenbus::Store) trait |
@@ -68,4 +69,5 @@ pub mod fake;
 pub mod grants;
 pub mod ring;
 pub mod shared;
+pub mod throttle;
 pub mod xenbus;

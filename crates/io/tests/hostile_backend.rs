@@ -420,7 +420,7 @@ fn pvr7_pages_run_out_without_a_deadlock() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
 
     /// Whatever a backend answers: no panic, an operation completes at most once, and with success only if
     /// every one of its requests was answered with it.

@@ -627,7 +627,7 @@ fn rings_that_are_none_are_refused_without_a_mapping_left() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
 
     /// Any bytes at all in slots and segment pages: one answer each, no panic, nothing mapped beyond the
     /// records, nothing of the peer's written that no read request named.

@@ -3,12 +3,13 @@
 #![expect(clippy::tests_outside_test_module, reason = "this whole file is tests")]
 
 use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use gnttab_io::fake::Event;
 use gnttab_io::grants::Notify as _;
 use gnttab_io::ring::{BackRing, FrontRing, Owed, RingBroken, RingShape};
-use gnttab_io::shared::{HeapPages, SharedPages};
+use gnttab_io::shared::{HeapPages, Observer, SharedPages};
 use proptest::prelude::*;
 
 const SLOT: usize = 16;
@@ -75,7 +76,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
 
     /// Requests arrive in order, once; responses too; the room is the model's; and whoever sleeps is woken by
     /// the first entry published after that.
@@ -292,6 +293,70 @@ fn a_backend_takes_over_where_another_left_off() {
     assert!(
         BackRing::attach(heap.view(), SLOT).is_err(),
         "more unanswered than there are slots"
+    );
+}
+
+/// Lets the peer act right after one of our loads: all that can come between two of our own accesses and matters.
+struct AfterLoad {
+    offset: usize,
+    act: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl Observer for AfterLoad {
+    fn loaded(&self, _: &HeapPages, offset: usize, _: usize) {
+        if offset == self.offset
+            && let Some(act) = self.act.lock().unwrap().take()
+        {
+            act();
+        }
+    }
+}
+
+/// The two orders in which a sleeper and a producer can meet, each at its tightest: whoever acts inside the
+/// other's critical stretch, either an event is sent or the entry is seen.
+#[test]
+fn whoever_comes_second_sees_the_first() {
+    // The consumer falls asleep right after the producer has read its threshold.
+    let observer = Arc::new(AfterLoad {
+        offset: 4,
+        act: Mutex::new(None),
+    });
+    let heap = HeapPages::observed(1, observer.clone());
+    let mut front = FrontRing::init(heap.view(), SLOT).unwrap();
+    let mut back = BackRing::attach(heap.view(), SLOT).unwrap();
+    // It was awake: the threshold is an old one.
+    heap.view().store_u32(4, 1000);
+    front.push(b"?").unwrap();
+    let saw = Arc::new(Mutex::new(None));
+    let seen = saw.clone();
+    *observer.act.lock().unwrap() = Some(Box::new(move || {
+        *seen.lock().unwrap() = Some(back.final_check().unwrap())
+    }));
+    assert!(!front.publish());
+    assert_eq!(
+        *saw.lock().unwrap(),
+        Some(true),
+        "not notified, so it must see the request itself"
+    );
+
+    // The producer publishes right after the consumer has looked a last time.
+    let observer = Arc::new(AfterLoad {
+        offset: 0,
+        act: Mutex::new(None),
+    });
+    let heap = HeapPages::observed(1, observer.clone());
+    let mut front = FrontRing::init(heap.view(), SLOT).unwrap();
+    let mut back = BackRing::attach(heap.view(), SLOT).unwrap();
+    heap.view().store_u32(4, 1000);
+    front.push(b"?").unwrap();
+    let sent = Arc::new(Mutex::new(None));
+    let told = sent.clone();
+    *observer.act.lock().unwrap() = Some(Box::new(move || *told.lock().unwrap() = Some(front.publish())));
+    assert!(!back.final_check().unwrap());
+    assert_eq!(
+        *sent.lock().unwrap(),
+        Some(true),
+        "not seen, so it must be notified"
     );
 }
 

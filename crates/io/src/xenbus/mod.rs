@@ -128,6 +128,17 @@ pub fn write_state<S: Store>(
     }
 }
 
+/// Whether the toolstack means a backend's device to stay when its connection ends. What is no number is no yes.
+///
+/// # Errors
+/// [`XenbusError`] if the store fails.
+pub fn is_online<S: Store>(store: &mut S, backend: &str) -> Result<bool, XenbusError<S::Error>> {
+    match store.flag(Tx::NONE, backend, "online") {
+        Err(XenbusError::Invalid { .. }) => Ok(false),
+        other => other,
+    }
+}
+
 /// Leaves a message where an administrator looks for it: `error/...` in the domain's own directory.
 ///
 /// # Errors

@@ -8,7 +8,8 @@ use gnttab_abi::DomId;
 use super::keys::{self, BackendLimits, FrontendOffer};
 use crate::blkif::disk::DiskInfo;
 use crate::xenbus::{
-    Store, StoreExt, Tx, XenbusError, XenbusState, read_state, report_error, switch_state, write_state,
+    Store, StoreExt, Tx, XenbusError, XenbusState, is_online, read_state, report_error, switch_state,
+    write_state,
 };
 
 /// What a backend is to do now.
@@ -154,7 +155,7 @@ impl BackendHandshake {
         store: &mut S,
         frontend: XenbusState,
     ) -> Result<BackendEvent, XenbusError<S::Error>> {
-        if !store.flag(Tx::NONE, &self.directory, "online").unwrap_or(false) {
+        if !is_online(store, &self.directory)? {
             return self.forget(store);
         }
         if frontend == XenbusState::Initialising {

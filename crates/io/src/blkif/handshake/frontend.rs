@@ -8,7 +8,8 @@ use gnttab_abi::{Abi, DomId};
 use super::keys::{self, BackendLimits, QueueOffer};
 use crate::blkif::frontend::DeviceProperties;
 use crate::xenbus::{
-    Store, StoreExt, Tx, XenbusError, XenbusState, read_state, report_error, switch_state, write_state,
+    Store, StoreExt, Tx, XenbusError, XenbusState, is_online, read_state, report_error, switch_state,
+    write_state,
 };
 
 /// What a frontend is to do now.
@@ -41,7 +42,7 @@ enum Phase {
     Connecting,
     /// State 4.
     Connected,
-    /// State 5, by our own wish: the backend has to agree.
+    /// State 5, by our own wish or to undo an earlier driver's work: the backend has to agree.
     Closing,
     /// State 6, and nothing is sent any more, but what is granted stays so until the backend has unmapped it.
     Leaving,
@@ -76,7 +77,8 @@ pub struct FrontendHandshake {
 
 impl FrontendHandshake {
     /// Takes up a device whose directory the toolstack made, and watches its backend. `persistent`: whether we
-    /// want persistent grants.
+    /// want persistent grants. A device that an earlier driver of this domain left in use is closed first: its
+    /// first event is [`FrontendEvent::Disconnect`] then (spec 6.3).
     ///
     /// # Errors
     /// [`XenbusError`] if the directory lacks a key, or the store fails.
@@ -86,18 +88,28 @@ impl FrontendHandshake {
         persistent: bool,
     ) -> Result<FrontendHandshake, XenbusError<S::Error>> {
         let (backend, backend_id) = read_backend(store, directory)?;
+        let fresh = matches!(
+            read_state(store, directory)?,
+            XenbusState::Initialising | XenbusState::Unknown
+        );
         let this = FrontendHandshake {
             directory: directory.to_string(),
             backend,
             backend_id,
             persistent,
-            phase: Phase::Initialising,
-            tried: false,
-            was_connected: false,
+            phase: if fresh {
+                Phase::Initialising
+            } else {
+                Phase::Closing
+            },
+            tried: !fresh,
+            was_connected: !fresh,
             leaving: false,
             properties: None,
         };
-        switch_state(store, directory, XenbusState::Initialising)?;
+        if !fresh {
+            switch_state(store, directory, XenbusState::Closing)?;
+        }
         store.watch(&this.watched_here()).map_err(XenbusError::Store)?;
         store.watch(&this.watched_there()).map_err(XenbusError::Store)?;
         Ok(this)
@@ -171,10 +183,15 @@ impl FrontendHandshake {
         backend: XenbusState,
     ) -> Result<FrontendEvent, XenbusError<S::Error>> {
         use XenbusState::{Closed, InitWait, Initialising};
-        if self.leaving || !self.was_connected {
+        if self.leaving {
+            // Somebody may have written it for us, who did not know.
+            switch_state(store, &self.directory, Closed)?;
             return Ok(FrontendEvent::Idle);
         }
-        let online = store.flag(Tx::NONE, &self.backend, "online").unwrap_or(false);
+        if !self.was_connected {
+            return Ok(FrontendEvent::Idle);
+        }
+        let online = is_online(store, &self.backend)?;
         if online && matches!(backend, Closed | InitWait | Initialising) {
             switch_state(store, &self.directory, Initialising)?;
             self.was_connected = false;
