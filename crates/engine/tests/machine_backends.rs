@@ -1,5 +1,4 @@
 //! The in-memory machine's own rules, one test each, at the trait that the engine uses.
-#![cfg(feature = "machine")]
 
 #[cfg(test)]
 mod tests {
@@ -743,6 +742,30 @@ mod tests {
             assert_eq!(place(&page, a), Err(errno), "{entry:?}");
         }
         assert_eq!(pair.machine.table_page_gfn(&pair.c, &page), own.gfn, "it stayed");
+    }
+
+    /// Spec 6.1 step 10: a toolstack's mapping of a foreign frame holds a reference, and keeps the
+    /// frame's domain.
+    #[test]
+    fn foreign_mappings_hold_a_reference() {
+        for kind in [DomainKind::Hvm, DomainKind::Arm] {
+            let pair = Pair::new(DomainKind::Pv, kind);
+            let page = pair.machine.alloc_table_page(&pair.g).unwrap();
+            let (mfn, gfn) = (page.mfn(), Gfn(0x800));
+            pair.g.give_up_memory();
+            assert!(!pair.machine.is_held(&pair.g));
+            let map = |gfn| pair.machine.map_foreign(&pair.c, gfn, mfn);
+            assert_eq!(map(gfn), Ok(()));
+            assert_eq!(map(Gfn(u64::MAX)), Err(Errno::Inval));
+            assert_eq!(pair.c.physmap(gfn), Some(P2mEntry::Foreign(mfn)));
+            assert!(pair.machine.is_held(&pair.g));
+            drop(page);
+            assert!(pair.machine.is_held(&pair.g));
+            assert!(pair.c.set_physmap(gfn, None));
+            assert_eq!(pair.machine.frame(mfn).unwrap().owner, PageOwner::Free);
+            assert!(!pair.machine.is_held(&pair.g));
+            assert_eq!(pair.machine.audit_idle(), []);
+        }
     }
 
     /// Spec 6.2 step 8, Arm: once, over anything.

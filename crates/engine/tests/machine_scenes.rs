@@ -1,5 +1,4 @@
 //! Scenes, hooks, policies and wrappers of the in-memory machine, with the engine on it.
-#![cfg(feature = "machine")]
 
 #[cfg(test)]
 mod tests {
@@ -121,6 +120,19 @@ mod tests {
                 scene.machine.frame(scene.frame.mfn).unwrap().owner,
                 PageOwner::Free
             );
+            assert_eq!(scene.machine.audit_idle(), [], "{name}");
+        }
+    }
+
+    /// A dead granter goes with the dead grantee's page tables, which held its page last.
+    #[test]
+    fn death_of_both_sides() {
+        for (name, builder) in every_kind() {
+            let scene = builder.build();
+            scene.map(scene.place(0), RW);
+            assert_eq!(scene.kill(G), Retired::Held, "{name}");
+            assert_eq!(scene.kill(C), Retired::Gone, "{name}");
+            assert_eq!(scene.engine.domains().collect::<Vec<_>>(), [P, T], "{name}");
             assert_eq!(scene.machine.audit_idle(), [], "{name}");
         }
     }

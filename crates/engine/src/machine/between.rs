@@ -259,6 +259,13 @@ where
         self.tell(request, |hv| hv.crash(domain, why), done);
     }
 
+    fn is_held(&self, domain: &H::Domain) -> bool {
+        let request = Request::IsHeld {
+            domain: domain.domid(),
+        };
+        self.tell(request, |hv| hv.is_held(domain), yes_or_no)
+    }
+
     fn alloc_table_page(&self, domain: &H::Domain) -> Option<H::TablePage> {
         let show = |answer: &Option<H::TablePage>| match answer {
             Some(page) => Answer::Frame(self.hv.table_page_mfn(page)),
@@ -292,14 +299,6 @@ where
         )
     }
 
-    fn is_held(&self, domain: &H::Domain) -> bool {
-        self.hv.is_held(domain)
-    }
-
-    fn map_foreign(&self, caller: &H::Domain, gfn: Gfn, mfn: Mfn) -> Result<(), Errno> {
-        self.hv.map_foreign(caller, gfn, mfn)
-    }
-
     fn retract_table_page(&self, domain: &H::Domain, page: &H::TablePage) -> bool {
         let mfn = self.hv.table_page_mfn(page);
         let request = Request::RetractTablePage {
@@ -331,6 +330,16 @@ where
             gfn,
         };
         let call = |hv: &H| hv.place_table_page(domain, page, gfn);
+        self.ask(request, |_| Err(Errno::NoMem), call, errno)
+    }
+
+    fn map_foreign(&self, caller: &H::Domain, gfn: Gfn, mfn: Mfn) -> Result<(), Errno> {
+        let request = Request::MapForeign {
+            caller: caller.domid(),
+            gfn,
+            mfn,
+        };
+        let call = |hv: &H| hv.map_foreign(caller, gfn, mfn);
         self.ask(request, |_| Err(Errno::NoMem), call, errno)
     }
 

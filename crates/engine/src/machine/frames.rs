@@ -196,10 +196,7 @@ impl Frames {
         match frame.info.owner {
             PageOwner::Io => Some(PageOwner::Io),
             PageOwner::Free => None,
-            owner if frame.info.references == 0 || frame.info.references >= SATURATED => {
-                let _ = owner;
-                None
-            }
+            _ if frame.info.references == 0 || frame.info.references >= SATURATED => None,
             owner => {
                 frame.info.references += 1;
                 Some(owner)

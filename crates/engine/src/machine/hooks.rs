@@ -4,7 +4,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::hint::spin_loop;
-use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use spin::Mutex;
 
@@ -39,18 +39,32 @@ type Action = Box<dyn FnMut() + Send>;
 pub struct Hooks {
     /// Whether anything is there at all; keeps the common case to one load.
     armed: AtomicBool,
-    actions: Mutex<Vec<(Hook, Option<Action>, u64)>>,
-    next: Mutex<u64>,
+    actions: Mutex<Actions>,
     relax: Mutex<Option<fn()>>,
+}
+
+#[derive(Default)]
+struct Actions {
+    set: Vec<Armed>,
+    next_id: u64,
+}
+
+struct Armed {
+    id: u64,
+    hook: Hook,
+    /// Taken out while it runs.
+    action: Option<Action>,
 }
 
 impl Hooks {
     /// Runs `action` each time that somebody reaches `hook`. Several actions of one hook run in
     /// the order in which they were set.
     pub fn at(&self, hook: Hook, action: impl FnMut() + Send + 'static) {
-        let mut next = self.next.lock();
-        *next += 1;
-        self.actions.lock().push((hook, Some(Box::new(action)), *next));
+        let mut actions = self.actions.lock();
+        let id = actions.next_id;
+        actions.next_id += 1;
+        let action: Option<Action> = Some(Box::new(action));
+        actions.set.push(Armed { id, hook, action });
         self.armed.store(true, Ordering::Release);
     }
 
@@ -70,7 +84,7 @@ impl Hooks {
         let relax = self.relax.lock().unwrap_or(spin_loop);
         let inside = Arc::clone(&gate);
         self.once(hook, move || {
-            inside.arrived.fetch_add(1, Ordering::AcqRel);
+            inside.arrived.store(true, Ordering::Release);
             while !inside.open.load(Ordering::Acquire) {
                 relax();
             }
@@ -87,7 +101,9 @@ impl Hooks {
     /// Forgets all actions; who is parked stays so.
     pub fn clear(&self) {
         self.armed.store(false, Ordering::Release);
-        self.actions.lock().clear();
+        let forgotten = core::mem::take(&mut self.actions.lock().set);
+        // Dropped without the lock: an action may own anything.
+        drop(forgotten);
     }
 
     /// Somebody reached a hook.
@@ -95,25 +111,25 @@ impl Hooks {
         if !self.armed.load(Ordering::Acquire) {
             return;
         }
-        let waiting: Vec<u64> = {
+        let here: Vec<u64> = {
             let actions = self.actions.lock();
-            let here = actions.iter().filter(|(at, ..)| *at == hook);
-            here.map(|(.., id)| *id).collect()
+            let here = actions.set.iter().filter(|armed| armed.hook == hook);
+            here.map(|armed| armed.id).collect()
         };
-        for id in waiting {
+        for id in here {
             // Taken out while it runs, so that it can reach hooks itself.
-            let taken = self.with(id, Option::take).flatten();
-            if let Some(mut action) = taken {
-                action();
-                self.with(id, |place| *place = Some(action));
-            }
+            let Some(mut action) = self.with(id, Option::take).flatten() else {
+                continue;
+            };
+            action();
+            self.with(id, |place| *place = Some(action));
         }
     }
 
     fn with<R>(&self, id: u64, f: impl FnOnce(&mut Option<Action>) -> R) -> Option<R> {
         let mut actions = self.actions.lock();
-        let (_, action, _) = actions.iter_mut().find(|(.., at)| *at == id)?;
-        Some(f(action))
+        let armed = actions.set.iter_mut().find(|armed| armed.id == id)?;
+        Some(f(&mut armed.action))
     }
 }
 
@@ -127,7 +143,7 @@ impl core::fmt::Debug for Hooks {
 
 #[derive(Default)]
 struct Gate {
-    arrived: AtomicUsize,
+    arrived: AtomicBool,
     open: AtomicBool,
 }
 
@@ -142,7 +158,7 @@ impl Parked {
     /// Whether the actor is there.
     #[must_use]
     pub fn arrived(&self) -> bool {
-        self.gate.arrived.load(Ordering::Acquire) != 0
+        self.gate.arrived.load(Ordering::Acquire)
     }
 
     /// Waits until the actor is there.

@@ -5,11 +5,45 @@
 //! and death. It decides nothing that is the engine's to decide: it is an honest
 //! [`Hypervisor`], strict in its books. Whoever breaks them finds it in [`Machine::audit`].
 //!
+//! | to | use |
+//! |---|---|
+//! | begin with four domains and a grant | [`Scene`] |
+//! | set domains up, be them, look at them | [`Guest`], which is also a [`GuestMemory`](crate::GuestMemory) for the raw door |
+//! | look at frames, run out of memory, choose a policy | [`Machine`] |
+//! | recompute every count and right | [`Scene::audit`], [`Machine::audit_with`], [`Machine::audit_idle`] |
+//! | stop or act in the middle of an operation | [`Machine::hooks`] |
+//! | see, or fail, what the engine asks | [`Traced`], [`Faulty`], or a [`Watch`] of one's own |
+//!
+//! ```
+//! use gnttab_abi::{EntryFlags, GrantStatus, MapFlags};
+//! use gnttab_engine::machine::{C, Faulty, G, Request, Scene, Traced};
+//! use gnttab_engine::{DomainKind, GuestMemory};
+//!
+//! // An HVM domain maps a page of a PV domain; every call is traced, and may be made to fail.
+//! let wrap = |machine| Traced::tracing(Faulty::failing(machine), 100);
+//! let scene = Scene::pv().kind(C, DomainKind::Hvm).granter_v2().build_on(wrap);
+//! let faults = scene.engine.hypervisor().inner().watch();
+//! faults.fail_nth(1, |request| matches!(request, Request::Resolve { .. }));
+//! let place = scene.place(0);
+//! assert_eq!(scene.map(place, MapFlags::HOST_MAP).status, GrantStatus::BAD_PAGE);
+//! assert_eq!(scene.map(place, MapFlags::HOST_MAP).status, GrantStatus::OKAY);
+//! scene.domain(C).private().write(place, b"through the mapping").unwrap();
+//!
+//! // The grantee dies; the granter has its page back, and no book is wrong.
+//! scene.kill(C);
+//! assert_eq!(scene.flags(G, Scene::GREF), EntryFlags::PERMIT_ACCESS);
+//! assert_eq!(scene.audit(), []);
+//! for event in scene.engine.hypervisor().watch().take() {
+//!     println!("{event}");
+//! }
+//! ```
+//!
 //! What must always hold:
 //! 1. One lock guards all state; it is never held while anybody else's code runs: not the
-//!    engine's, not a hook's, not a policy rule's.
+//!    engine's, not a hook's, not a policy rule's. It also means that this machine says nothing
+//!    about how the engine scales.
 //! 2. Nothing that a guest or the engine asks for panics. Misuse by the engine is recorded as a
-//!    [`Violation`] and otherwise ignored.
+//!    [`Violation`] and otherwise ignored. (Misuse of a [`Scene`] by a test panics.)
 //! 3. Following the reference is this machine's job only where the specification says what the
 //!    backend does (spec 3.7, 4.2, 4.4, 4.5, 4.6, 6.2, 7); each place names its section.
 
@@ -369,7 +403,7 @@ impl Hypervisor for Machine {
     }
 
     fn is_held(&self, domain: &Guest) -> bool {
-        self.lock().frames_of(domain.id()) != 0
+        self.lock().is_held(domain.id())
     }
 
     fn alloc_table_page(&self, domain: &Guest) -> Option<TablePage> {
@@ -404,6 +438,10 @@ impl Hypervisor for Machine {
 
     fn place_table_page(&self, domain: &Guest, page: &TablePage, gfn: Gfn) -> Result<(), Errno> {
         self.lock().place(domain.id(), page.mfn, gfn)
+    }
+
+    fn map_foreign(&self, caller: &Guest, gfn: Gfn, mfn: Mfn) -> Result<(), Errno> {
+        self.lock().map_foreign(caller.id(), gfn, mfn)
     }
 
     fn is_control(&self, domain: &Guest) -> bool {

@@ -262,7 +262,18 @@ impl State {
     }
 
     fn place_hvm(&mut self, domain: DomId, page: Mfn, gfn: Gfn) -> Result<(), Errno> {
-        let gfn = Self::checked_gfn(gfn).map_err(|_| Errno::Inval)?;
+        self.vacate(domain, gfn)?;
+        if let Some(elsewhere) = self.gfn_of(domain, page) {
+            self.domain_mut(domain).p2m.remove(&elsewhere);
+        }
+        self.domain_mut(domain).p2m.insert(gfn, P2mEntry::Ram(page));
+        Ok(())
+    }
+
+    /// Makes a gfn of an HVM domain a hole: special pages are unhooked, other memory of its own
+    /// is freed, and what is not its own stays (spec 6.2 step 8).
+    fn vacate(&mut self, domain: DomId, gfn: Gfn) -> Result<(), Errno> {
+        Self::checked_gfn(gfn).map_err(|_| Errno::Inval)?;
         let old = self.entry(domain, gfn);
         match old {
             Some(P2mEntry::DirectMmio(_)) => return Err(Errno::Perm),
@@ -281,12 +292,24 @@ impl State {
                 Some(frame) if frame.info.owner == PageOwner::Domain(domain) => self.give_up(mfn),
                 _ => return Err(Errno::Nxio),
             }
-            self.domain_mut(domain).p2m.remove(&gfn);
         }
-        if let Some(elsewhere) = self.gfn_of(domain, page) {
-            self.domain_mut(domain).p2m.remove(&elsewhere);
+        self.domain_mut(domain).p2m.remove(&gfn);
+        Ok(())
+    }
+
+    /// A toolstack maps another domain's frame (spec 6.1 step 10). The entry holds a reference.
+    pub(super) fn map_foreign(&mut self, domain: DomId, gfn: Gfn, mfn: Mfn) -> Result<(), Errno> {
+        match self.domain(domain).kind {
+            DomainKind::Pv => return Err(Errno::NoSys),
+            DomainKind::Hvm => self.vacate(domain, gfn)?,
+            DomainKind::Arm => {
+                Self::checked_gfn(gfn).map_err(|_| Errno::Inval)?;
+            }
         }
-        self.domain_mut(domain).p2m.insert(gfn, P2mEntry::Ram(page));
+        self.frames.reference(mfn).ok_or(Errno::Inval)?;
+        let entry = P2mEntry::Foreign(mfn);
+        let old = self.domain_mut(domain).p2m.insert(gfn, entry);
+        self.drop_entry(old);
         Ok(())
     }
 

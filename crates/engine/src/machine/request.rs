@@ -46,6 +46,9 @@ pub enum Request {
         domain: DomId,
         why: &'static str,
     },
+    IsHeld {
+        domain: DomId,
+    },
     AllocTablePage {
         domain: DomId,
     },
@@ -68,6 +71,11 @@ pub enum Request {
         domain: DomId,
         page: Mfn,
         gfn: Gfn,
+    },
+    MapForeign {
+        caller: DomId,
+        gfn: Gfn,
+        mfn: Mfn,
     },
     IsControl {
         domain: DomId,
@@ -228,6 +236,7 @@ impl fmt::Display for Request {
             }
             Request::Flush { grantee } => write!(f, "flush {grantee}"),
             Request::Crash { domain, why } => write!(f, "crash {domain}: {why}"),
+            Request::IsHeld { domain } => write!(f, "is_held {domain}"),
             Request::AllocTablePage { domain } => write!(f, "alloc_table_page {domain}"),
             Request::TablePageMfn { page } => write!(f, "table_page_mfn {page}"),
             Request::TablePageGfn { domain, page } => write!(f, "table_page_gfn {domain} {page}"),
@@ -235,6 +244,9 @@ impl fmt::Display for Request {
             Request::RestoreTablePage { domain, page } => write!(f, "restore_table_page {domain} {page}"),
             Request::PlaceTablePage { domain, page, gfn } => {
                 write!(f, "place_table_page {domain} {page} at gfn {gfn}")
+            }
+            Request::MapForeign { caller, gfn, mfn } => {
+                write!(f, "map_foreign {caller} {mfn} at gfn {gfn}")
             }
             Request::IsControl { domain } => write!(f, "is_control {domain}"),
             Request::IsDeviceModelOf { caller, target } => write!(f, "is_device_model_of {caller} {target}"),

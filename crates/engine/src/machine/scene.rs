@@ -11,6 +11,7 @@ use gnttab_abi::{
     MapFlags, MapGrantRef, PAGE_SIZE, STATUS_PER_PAGE, UnmapGrantRef, V1_ENTRIES_PER_PAGE,
     V2_ENTRIES_PER_PAGE,
 };
+use spin::Mutex;
 
 use super::{Guest, Machine, Page, Violation};
 use crate::domain::{Config, Domain, Limits, Reference, Vcpu, Version};
@@ -82,6 +83,8 @@ pub struct Scene<H: Hypervisor = Machine> {
     pub far: Page,
     /// PF: a page of P.
     pub control: Page,
+    /// Domains that were killed and may still be held.
+    killed: Mutex<Vec<DomId>>,
 }
 
 impl Scene {
@@ -234,6 +237,7 @@ impl SceneBuilder {
             local: [page(&c), page(&c)],
             far: page(&t),
             control: page(&p),
+            killed: Mutex::default(),
             engine,
             machine,
         };
@@ -443,7 +447,19 @@ impl<H: Hypervisor<Domain = Guest>> Scene<H> {
         drop(vcpus);
         domain.private().drop_address_space();
         domain.private().give_up_memory();
-        self.engine.retire(id)
+        drop(domain);
+        // Those killed earlier may have been waiting for what this one held.
+        let mut killed = self.killed.lock();
+        killed.push(id);
+        let mut end = Retired::Gone;
+        killed.retain(|held| {
+            let retired = self.engine.retire(*held);
+            if *held == id {
+                end = retired;
+            }
+            retired == Retired::Held
+        });
+        end
     }
 
     /// Everything that is wrong, with engine and machine held against each other. For moments at

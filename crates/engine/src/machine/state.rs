@@ -328,6 +328,15 @@ impl State {
             .count()
     }
 
+    /// Whether anything keeps a domain's frames from being free but the table pages' own owner.
+    pub(super) fn is_held(&self, domain: DomId) -> bool {
+        self.frames.iter().any(|(_, frame)| {
+            let info = &frame.info;
+            let table_only = info.special && info.allocated && info.references == 1;
+            info.owner == PageOwner::Domain(domain) && !table_only
+        })
+    }
+
     /// The bytes of a frame, unless it is free or no memory.
     pub(super) fn words(&mut self, mfn: Mfn) -> Option<Arc<PageWords>> {
         match self.frames.live(mfn) {
