@@ -466,6 +466,91 @@ mod tests {
         assert!(failed >= 4 * 3, "look-up, mapping and I/O MMU at least: {failed}");
     }
 
+    /// The same for copies, transfers, growth and changes of version: whichever request fails, no
+    /// reference, pin or page is lost.
+    #[test]
+    fn every_failure_of_the_others_leaves_nothing() {
+        type Act = fn(&Scene<Faulty<Machine>>) -> bool;
+        let copy: Act = |scene| {
+            let mut items = [Copy {
+                source: CopyPtr::grant(G, Scene::GREF, 0),
+                dest: CopyPtr {
+                    domid: DomId::SELF,
+                    ..CopyPtr::frame(scene.local[1].gfn.0, 0)
+                },
+                len: 100,
+                flags: CopyFlags::SOURCE_GREF,
+                ..Copy::default()
+            }];
+            scene.processor().copy(&scene.vcpu(C, 0), &mut items);
+            items[0].status.is_okay()
+        };
+        let transfer: Act = |scene| {
+            let entry = gnttab_abi::EntryV1 {
+                head: gnttab_abi::EntryHead {
+                    flags: EntryFlags::ACCEPT_TRANSFER,
+                    domid: C,
+                },
+                frame: 0x55,
+            };
+            scene.set_v1(G, GrantRef(9), entry);
+            let high = scene.domain(C).private().add_page_at(gnttab_abi::Mfn(1 << 32));
+            let mut items = [Transfer {
+                mfn: high.expect("nobody has it").mfn.0,
+                domid: G,
+                gref: GrantRef(9),
+                ..Transfer::default()
+            }];
+            scene.processor().transfer(&scene.vcpu(C, 0), &mut items);
+            items[0].status.is_okay()
+        };
+        let grow: Act = |scene| {
+            let store = &mut |_, _| true;
+            let status = scene
+                .processor()
+                .setup_table(&scene.vcpu(C, 0), DomId::SELF, 20, None, store);
+            status.is_okay()
+        };
+        let version: Act = |scene| {
+            let there_and_back = |cpu: &mut gnttab_engine::Processor<'_, _>| {
+                let vcpu = scene.vcpu(C, 0);
+                cpu.set_version(&vcpu, 2)?;
+                cpu.set_version(&vcpu, 1)
+            };
+            there_and_back(&mut scene.processor()).is_ok()
+        };
+        let kinds = [Scene::pv(), Scene::hvm(), Scene::arm()];
+        let acts = [
+            ("copy", copy),
+            ("transfer", transfer),
+            ("grow", grow),
+            ("version", version),
+        ];
+        for (name, act) in acts {
+            for builder in kinds.iter().take(if name == "transfer" { 1 } else { 3 }) {
+                for nth in 1..100 {
+                    let scene = builder.clone().build_on(Faulty::failing);
+                    let faults = scene.engine.hypervisor().watch();
+                    faults.fail_nth(nth, |_| true);
+                    let okay = act(&scene);
+                    assert_eq!(scene.audit(), [], "{name} {nth}");
+                    assert_eq!(scene.machine.audit_idle(), [], "{name} {nth}");
+                    assert_eq!(marks(&scene), EntryFlags::PERMIT_ACCESS, "{name} {nth}");
+                    assert_eq!(okay, faults.refused() == 0, "{name} {nth}");
+                    faults.clear();
+                    for id in [C, T, G, P] {
+                        assert_eq!(scene.kill(id), Retired::Gone, "{name} {nth}");
+                    }
+                    assert_eq!(scene.machine.audit_idle(), [], "{name} {nth}");
+                    if okay {
+                        assert!(nth > 1, "{name} asks for something that can fail");
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
     /// A look-up that fails for now is *eagain*; retried, it works.
     #[test]
     fn refusing_for_now() {

@@ -200,9 +200,10 @@ impl Guest {
     }
 
     /// Uses one of its frames as a page table or another thing that nobody may write; false if
-    /// it is in use as something else.
+    /// it is not its own, or in use as something else.
     pub fn use_as(&self, mfn: Mfn, page_type: PageType) -> bool {
-        self.machine.lock().use_as(mfn, page_type)
+        let mut state = self.machine.lock();
+        state.frames.is_owned_by(mfn, self.id) && state.use_as(mfn, page_type)
     }
 
     /// Ends [`Guest::use_as`].
