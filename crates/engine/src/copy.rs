@@ -21,7 +21,7 @@ use crate::claim::{Wanted, begin_use, end_use, marks_to_clear};
 use crate::domain::{Domain, Reference, Vcpu, Version};
 use crate::engine::Processor;
 use crate::hypervisor::{Access, FrameOwner, Hook, Hypervisor};
-use crate::map::{status_of, unpin};
+use crate::map::status_of;
 use crate::sync::Ordering;
 use crate::table::{Entry, SharedEntry};
 
@@ -68,9 +68,6 @@ impl<H: Hypervisor> Run<H> {
         }
     }
 }
-
-/// Of a near and a far granter, those that are dying.
-type Dying = [Option<DomId>; 2];
 
 /// The item has to start over: the granter changed the entry while it was let go.
 struct Restart;
@@ -201,7 +198,11 @@ impl<H: Hypervisor> Processor<'_, H> {
         }
         let Some(source) = source else { return Ok(()) };
         let dest = self.copy_domain(caller, pair.1)?;
-        if !self.engine.hv.may_copy(source.private(), dest.private()) {
+        if !self
+            .engine
+            .hv
+            .may_copy(caller.private(), source.private(), dest.private())
+        {
             return Err(GrantStatus::PERMISSION_DENIED);
         }
         run.pair = Some((pair, source, dest));
@@ -285,14 +286,17 @@ impl<H: Hypervisor> Processor<'_, H> {
     }
 
     fn drop_buffer(&mut self, buffer: &Buffer, access: Access) {
-        let dying = match buffer.key {
-            Key::Grant(granter, gref) => self.release(granter, gref, access),
-            Key::Frame(_) => Dying::default(),
+        let hv = &self.engine.hv;
+        let put = || {
+            if buffer.typed {
+                hv.put_writable(buffer.mfn);
+            }
+            hv.put_frame(buffer.mfn);
         };
-        if buffer.typed {
-            self.engine.hv.put_writable(buffer.mfn);
+        match buffer.key {
+            Key::Grant(granter, gref) => self.release((granter, gref), access, put),
+            Key::Frame(_) => put(),
         }
-        self.put_frame_and_reap(buffer.mfn, dying);
     }
 
     /// Acquires a use of an entry by grant: one pin in it, and one reference on the frame (spec
@@ -335,7 +339,7 @@ impl<H: Hypervisor> Processor<'_, H> {
             if pinned && (state.grantee() != user || state.is_full_for(wanted)) {
                 return Err(GrantStatus::GENERAL_ERROR);
             }
-            let sufficient = pinned && (access == Access::Read || state.is_write_pinned());
+            let sufficient = suffices(state, access);
             // 3
             if view.version() == Version::V2 && entry.shared.load_head().flags.kind() == EntryType::Transitive
             {
@@ -361,18 +365,27 @@ impl<H: Hypervisor> Processor<'_, H> {
             }
             // 5
             if sufficient {
+                // A far domain's frame is not the granter's.
+                if state.is_transitive() || domain.is_dying() {
+                    return Err(GrantStatus::BAD_DOMAIN);
+                }
                 if !entry.active.add_pins(state, wanted) {
                     continue;
                 }
                 let mfn = entry.active.mfn();
                 let owner = hv.get_frame(mfn);
-                if owner == Some(FrameOwner::Domain(granter)) && !domain.is_dying() {
+                if owner == Some(FrameOwner::Domain(granter)) {
                     let (start, end) = range_of(&entry, state);
                     return Ok(Ok(Grip { mfn, start, end }));
                 }
-                unpin(&entry, wanted, access);
+                lower(&domain, &entry, access);
                 if owner.is_some() {
                     hv.put_frame(mfn);
+                }
+                let dying = domain.is_dying();
+                drop(domain);
+                if dying {
+                    engine.reap(granter);
                 }
                 return Err(GrantStatus::BAD_DOMAIN);
             }
@@ -452,7 +465,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         // 7f
         let Some(domain) = self.enter(granter) else {
             if let Ok(inner) = inner {
-                self.release_far(far, access, inner.mfn);
+                self.release(far, access, || hv.put_frame(inner.mfn));
             }
             return Err(GrantStatus::BAD_DOMAIN);
         };
@@ -475,33 +488,22 @@ impl<H: Hypervisor> Processor<'_, H> {
             (Err(status), Err(_)) => Err(status),
             (settled, inner) => {
                 if let Ok(inner) = inner {
-                    self.release_far(far, access, inner.mfn);
+                    self.release(far, access, || hv.put_frame(inner.mfn));
                 }
                 settled.map(|restart| Err(restart.err().unwrap_or(Restart)))
             }
         }
     }
 
-    fn release_far(&mut self, far: (DomId, GrantRef), access: Access, mfn: Mfn) {
-        let dying = self.release(far.0, far.1, access);
-        self.put_frame_and_reap(mfn, dying);
-    }
-
-    /// Drops a reference, and lets go of dying domains that it may have been the last use of.
-    fn put_frame_and_reap(&mut self, mfn: Mfn, dying: Dying) {
-        self.engine.hv.put_frame(mfn);
-        dying.into_iter().flatten().for_each(|id| self.engine.reap(id));
-    }
-
-    /// Ends a use by grant (spec 5.5), and that of the far grant behind a transitive one. Tells
-    /// which of the two domains are dying.
-    fn release(&mut self, granter: DomId, gref: GrantRef, access: Access) -> Dying {
+    /// Ends a use by grant (spec 5.5), and that of the far grant behind a transitive one. `put`
+    /// drops what was held of the frame, after the pins and before its owner can go.
+    fn release(&mut self, (granter, gref): (DomId, GrantRef), access: Access, put: impl FnOnce()) {
         let engine = self.engine;
         let Some(domain) = self.enter(granter) else {
-            return Dying::default();
+            return put();
         };
         let Some(entry) = domain.table.view().entry(gref) else {
-            return Dying::default();
+            return put();
         };
         // A pin of the caller's own is left: what the state says besides the pins is fixed.
         let state = entry.active.load();
@@ -509,26 +511,49 @@ impl<H: Hypervisor> Processor<'_, H> {
         if access == Access::Write {
             engine.hv.mark_dirty(domain.private(), entry.active.mfn());
         }
-        let v2_ops = &domain.table.v2_ops;
-        entry.active.drop_pins(
-            pins_of(access),
-            |left| (state.is_partial() && !left.is_pinned()) || !marks_to_clear(left, access).is_empty(),
-            |left| {
-                end_use(&entry.shared, left, access);
-                if state.is_partial() && !left.is_pinned() {
-                    v2_ops.fetch_sub(1, Ordering::SeqCst);
-                }
-            },
-        );
-        let dying = domain.is_dying().then_some(granter);
+        lower(&domain, &entry, access);
+        let rest = match far {
+            Some(far) => Some((far, put)),
+            None => {
+                put();
+                None
+            }
+        };
+        let dying = domain.is_dying();
         drop(domain);
-        let far = far.and_then(|far| self.release(far.0, far.1, access)[0]);
-        [dying, far]
+        if dying {
+            engine.reap(granter);
+        }
+        if let Some((far, put)) = rest {
+            self.release(far, access, put);
+        }
     }
+}
+
+/// Takes a use by grant out of an entry's pins, and out of the table's count if it was the last
+/// that depends on version 2 (spec 2.4).
+fn lower<H: Hypervisor>(domain: &Domain<H>, entry: &Entry<'_>, access: Access) {
+    let partial = entry.active.load().is_partial();
+    let ends = |left: State| partial && !left.is_pinned();
+    entry.active.drop_pins(
+        pins_of(access),
+        |left| ends(left) || !marks_to_clear(left, access).is_empty(),
+        |left| {
+            end_use(&entry.shared, left, access);
+            if ends(left) {
+                domain.table.v2_ops.fetch_sub(1, Ordering::SeqCst);
+            }
+        },
+    );
 }
 
 /// The whole page.
 const WHOLE: (u32, u32) = (0, 4096);
+
+/// Whether the uses that an entry is in need no look at the shared entry for one more.
+fn suffices(state: State, access: Access) -> bool {
+    state.is_pinned() && (access == Access::Read || state.is_write_pinned())
+}
 
 /// The usable range of an entry in a given state; of a transitive one, that of its far entry,
 /// which this does not know.
@@ -567,7 +592,7 @@ fn far_of(entry: &Entry<'_>) -> (DomId, GrantRef) {
 /// Takes back the marks of an attempt on a transitive entry, as far as the pins that are there
 /// now do not justify them (PIN-7).
 fn end_attempt(entry: &Entry<'_>, seen: State, access: Access) {
-    if seen.is_pinned() && (access == Access::Read || seen.is_write_pinned()) {
+    if suffices(seen, access) {
         return;
     }
     loop {
@@ -598,15 +623,17 @@ fn pin_far<H: Hypervisor>(
         return Err(Restart);
     };
     // Somebody else's use may have come and gone since the marks were set: set them again.
-    let marked = begin_use(
-        hv,
-        &entry.shared,
-        seen.is_pinned(),
-        user,
-        access,
-        Wanted::Transitive,
-    );
-    if marked.is_err() {
+    if !suffices(seen, access)
+        && begin_use(
+            hv,
+            &entry.shared,
+            seen.is_pinned(),
+            user,
+            access,
+            Wanted::Transitive,
+        )
+        .is_err()
+    {
         end_use(&entry.shared, seen, access);
         return Err(Restart);
     }

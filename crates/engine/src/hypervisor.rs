@@ -308,9 +308,9 @@ pub trait Hypervisor: Send + Sync + Sized {
         true
     }
 
-    /// Policy check of copy, with the domains of the two sides.
-    fn may_copy(&self, source: &Self::Domain, dest: &Self::Domain) -> bool {
-        let _ = (source, dest);
+    /// Policy check of copy: who calls, and the domains of the two sides.
+    fn may_copy(&self, caller: &Self::Domain, source: &Self::Domain, dest: &Self::Domain) -> bool {
+        let _ = (caller, source, dest);
         true
     }
 

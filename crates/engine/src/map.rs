@@ -120,10 +120,19 @@ impl<H: Hypervisor> Processor<'_, H> {
             pins,
         }
         .make();
-        if done.is_err() {
-            caller.maptrack.release(vcpu.number, handle);
-        }
-        let mfn = done?;
+        let mfn = match done {
+            Ok(mfn) => mfn,
+            Err(status) => {
+                caller.maptrack.release(vcpu.number, handle);
+                let dying = granter.is_dying();
+                drop(granter);
+                // The pins of the attempt may have been the last.
+                if dying {
+                    self.engine.reap(item.dom);
+                }
+                return Err(status);
+            }
+        };
         // 17
         hv.hook(Hook::MapPublish);
         let record = Record {

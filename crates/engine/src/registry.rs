@@ -78,16 +78,18 @@ impl<H: Hypervisor> Registry<H> {
         Ok(())
     }
 
-    /// Takes a domain out of the list and waits until nobody is inside its table. The caller is
-    /// inside no table.
-    pub(crate) fn remove(&self, id: DomId) -> Option<Arc<Domain<H>>> {
+    /// Takes a domain out of the list, unless it has gone already, and waits until nobody is inside
+    /// its table. The caller is inside no table.
+    pub(crate) fn remove(&self, domain: &Domain<H>) -> Option<Arc<Domain<H>>> {
         let _changing = self.changing.lock();
-        let place = self.domains.get(usize::from(id.0))?;
-        let found = place.swap(ptr::null_mut(), Ordering::SeqCst);
-        if found.is_null() {
+        let place = self.domains.get(usize::from(domain.id().0))?;
+        let found = place.load(Ordering::Relaxed);
+        // By then the number may be another domain's.
+        if !ptr::eq(found, domain) {
             return None;
         }
-        self.presence.wait_until_left(tag(id));
+        place.store(ptr::null_mut(), Ordering::SeqCst);
+        self.presence.wait_until_left(tag(domain.id()));
         // SAFETY: the pointer came from `Arc::into_raw` in `insert`, was in the list until now and
         // is taken out once; no processor is inside that could still use it (rule 3).
         Some(unsafe { Arc::from_raw(found) })
@@ -152,8 +154,8 @@ impl<H: Hypervisor> Registry<H> {
 impl<H: Hypervisor> Drop for Registry<H> {
     fn drop(&mut self) {
         let ids: alloc::vec::Vec<DomId> = self.ids().collect();
-        for id in ids {
-            drop(self.remove(id));
+        for domain in ids.into_iter().filter_map(|id| self.find(id)) {
+            drop(self.remove(&domain));
         }
     }
 }

@@ -99,7 +99,7 @@ impl<H: Hypervisor> Engine<H> {
                 .is_some_and(|e| e.active.load().is_pinned())
         };
         let used = (0..view.entries()).any(pinned) || self.hv.is_held(domain.private());
-        !used && self.registry.remove(domain.id()).is_some()
+        !used && self.registry.remove(domain).is_some()
     }
 }
 
@@ -152,5 +152,29 @@ impl<H: Hypervisor> Processor<'_, H> {
         } else {
             Release::More { released }
         }
+    }
+}
+
+#[cfg(all(test, feature = "machine"))]
+mod tests {
+    use super::*;
+    use crate::domain::{Config, Limits};
+    use crate::hypervisor::DomainKind;
+    use crate::machine::Machine;
+
+    #[test]
+    fn who_reaps_too_late_leaves_the_next_domain_of_that_number_alone() {
+        let machine = Machine::new();
+        let engine = Engine::new(machine.clone(), Config::default());
+        let create = |guest| {
+            let guest = machine.add_domain(DomId(guest), DomainKind::Pv).unwrap();
+            engine.create_domain(DomId(5), DomainKind::Pv, Limits::default(), guest)
+        };
+        let old = create(1).unwrap();
+        engine.begin_teardown(&old);
+        assert_eq!(engine.retire(DomId(5)), Retired::Gone);
+        let new = create(2).unwrap();
+        assert!(!engine.try_remove(&old));
+        assert!(core::ptr::eq(&*engine.domain(DomId(5)).unwrap(), &*new));
     }
 }

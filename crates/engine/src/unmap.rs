@@ -204,14 +204,15 @@ impl<H: Hypervisor> Processor<'_, H> {
         } = *removed;
         let mut flags = kinds;
         flags.set(MapFlags::READONLY, access == Access::Read);
-        let (mut dying, mut host_type) = (false, false);
-        if let Some(granter) = self.enter(granter) {
+        let inside = self.enter(granter);
+        let mut host_type = false;
+        if let Some(granter) = &inside {
             if let Some(entry) = granter.table.view().entry(gref) {
                 unpin(&entry, Pins::of_mapping(flags), access);
             }
-            dying = granter.is_dying();
             host_type = takes_type(access, kind, granter.kind(), granter.id() == caller);
         }
+        // Still inside: once it is left, a dying granter can go, and nothing of it may be held then.
         if referenced.contains(MapFlags::DEVICE_MAP) {
             if access == Access::Write {
                 hv.put_writable(mfn);
@@ -224,6 +225,7 @@ impl<H: Hypervisor> Processor<'_, H> {
             }
             hv.put_frame(mfn);
         }
+        let dying = inside.is_some_and(|granter| granter.is_dying());
         if dying {
             self.engine.reap(granter);
         }

@@ -659,6 +659,22 @@ mod tests {
     }
 
     /// One flush for a group of unmaps (spec 3.1.5), as the machine counts them.
+    /// Spec 3.2: under SILO the current domain's rights count too, whoever the two sides are.
+    #[test]
+    fn silo_lets_a_control_domain_copy_between_others() {
+        let scene = Scene::pv().build();
+        scene.machine.set_policy(BasePolicy::Silo);
+        let (g, t) = (scene.engine.domain(G).unwrap(), scene.engine.domain(T).unwrap());
+        for (caller, allowed) in [(P, true), (C, false)] {
+            let caller = scene.engine.domain(caller).unwrap();
+            let may = scene
+                .engine
+                .hypervisor()
+                .may_copy(caller.private(), g.private(), t.private());
+            assert_eq!(may, allowed, "{caller:?}");
+        }
+    }
+
     #[test]
     fn one_flush_for_a_group() {
         let scene = Scene::pv().build();

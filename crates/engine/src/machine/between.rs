@@ -380,12 +380,18 @@ where
         self.ask(request, |_| false, |hv| hv.may_unmap(caller, granter), yes_or_no)
     }
 
-    fn may_copy(&self, source: &H::Domain, dest: &H::Domain) -> bool {
+    fn may_copy(&self, caller: &H::Domain, source: &H::Domain, dest: &H::Domain) -> bool {
         let request = Request::MayCopy {
+            caller: caller.domid(),
             source: source.domid(),
             dest: dest.domid(),
         };
-        self.ask(request, |_| false, |hv| hv.may_copy(source, dest), yes_or_no)
+        self.ask(
+            request,
+            |_| false,
+            |hv| hv.may_copy(caller, source, dest),
+            yes_or_no,
+        )
     }
 
     fn may_transfer(&self, caller: &H::Domain, receiver: &H::Domain) -> bool {

@@ -460,8 +460,8 @@ impl Hypervisor for Machine {
         self.allows(Check::Unmap(caller.id(), granter.id()))
     }
 
-    fn may_copy(&self, source: &Guest, dest: &Guest) -> bool {
-        self.allows(Check::Copy(source.id(), dest.id()))
+    fn may_copy(&self, caller: &Guest, source: &Guest, dest: &Guest) -> bool {
+        self.allows(Check::Copy(caller.id(), source.id(), dest.id()))
     }
 
     fn may_transfer(&self, caller: &Guest, receiver: &Guest) -> bool {

@@ -6,15 +6,15 @@ use gnttab_abi::{DomId, Errno, MapFlags};
 
 use super::state::State;
 
-/// A question that the engine asks the policy. The first domain is the caller, but for copies.
+/// A question that the engine asks the policy. The first domain is the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Check {
     /// Map a grant of the second domain with these flags.
     Map(DomId, DomId, MapFlags),
     /// Unmap a grant of the second domain.
     Unmap(DomId, DomId),
-    /// Copy from the first domain to the second.
-    Copy(DomId, DomId),
+    /// Copy from the second domain to the third.
+    Copy(DomId, DomId, DomId),
     /// Transfer a page to the second domain.
     Transfer(DomId, DomId),
     /// Learn the frames of the second domain's table, or make it larger.
@@ -56,8 +56,12 @@ impl State {
     pub(super) fn base_allows(&self, check: &Check) -> bool {
         let control = |id: DomId| self.domain(id).control;
         match *check {
-            Check::Map(a, b, _) | Check::Copy(a, b) | Check::Transfer(a, b) => {
+            Check::Map(a, b, _) | Check::Transfer(a, b) => {
                 self.policy.base == BasePolicy::Plain || a == b || control(a) || control(b)
+            }
+            Check::Copy(caller, a, b) => {
+                let plain = self.policy.base == BasePolicy::Plain;
+                plain || a == b || control(caller) || control(a) || control(b)
             }
             Check::Unmap(..) => true,
             Check::Setup(caller, target) | Check::Query(caller, target) => {

@@ -94,6 +94,7 @@ pub enum Request {
         granter: DomId,
     },
     MayCopy {
+        caller: DomId,
         source: DomId,
         dest: DomId,
     },
@@ -256,7 +257,7 @@ impl fmt::Display for Request {
                 flags,
             } => write!(f, "may_map {caller} {granter} {flags}"),
             Request::MayUnmap { caller, granter } => write!(f, "may_unmap {caller} {granter}"),
-            Request::MayCopy { source, dest } => write!(f, "may_copy {source} {dest}"),
+            Request::MayCopy { caller, source, dest } => write!(f, "may_copy {caller} {source} {dest}"),
             Request::MayTransfer { caller, receiver } => write!(f, "may_transfer {caller} {receiver}"),
             Request::MaySetup { caller, target } => write!(f, "may_setup {caller} {target}"),
             Request::MayQuery { caller, target } => write!(f, "may_query {caller} {target}"),
