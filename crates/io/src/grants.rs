@@ -57,7 +57,7 @@ pub trait Grantee {
     ///
     /// Drivers give it back through [`Grantee::unmap`]; one that is merely dropped may leak its mapping.
     type Mapping: AsRef<SharedPages>;
-    /// Pages of this domain that grant copies can read and write.
+    /// Pages of this domain that grant copies can read and write; free again when dropped.
     type Buffer: AsRef<SharedPages>;
 
     /// Maps one page for each reference, appending one result for each to `results`, in order.

@@ -10,7 +10,7 @@
 //! | [`blkif`] | the block protocol: layouts of three ABIs, typed requests, [`BackendQueue`](blkif::BackendQueue), [`FrontendQueue`](blkif::FrontendQueue) |
 //! | [`blkif::handshake`] | how the two sides of a block device find each other in the XenStore, and the toolstack's part |
 //! | [`xenbus`] | what every handshake needs: states, and a small [`Store`](xenbus::Store) trait |
-//! | [`fake`] | (feature `fake`) both ends in one process: an in-memory granter and grantee, a RAM disk, hostile peers |
+//! | `fake` | (feature `fake`) both ends in one process: an in-memory granter and grantee, a RAM disk, hostile peers |
 //!
 //! # To put it on a machine
 //! A **backend** program implements [`Grantee`](grants::Grantee) (map, unmap and copy a peer's references),
@@ -27,6 +27,22 @@
 //! the disk as [`SharedSlice`](shared::SharedSlice), which has the layout of `struct iovec`.
 //!
 //! The crate is `no_std` with `alloc`. It takes no clock, no thread and no lock; time is told to it.
+//!
+//! # The other side is hostile
+//! Each rule of the security catalogue (PVR-1 to PVR-10), where it is kept, and the test that fails without it:
+//!
+//! | rule | kept by | held by (in `tests/`) |
+//! |---|---|---|
+//! | 1 indexes are checked before any loop | [`ring`], rule 2 | `ring.rs` `t38_*`; `t39_*`, `pvr1_*` in `hostile_*.rs` |
+//! | 2 copied out of shared memory once | [`shared`], rules 1 and 2 | `hostile_frontend.rs` `t155_*` |
+//! | 3 identifiers name something outstanding, once | `blkif/frontend`, rule 2 | `hostile_backend.rs` `tl10_*`, `pvr3_*` |
+//! | 4 what is written is whole | [`ring`], rule 3 | `hostile_frontend.rs` `t216_*`, `ring.rs` |
+//! | 5 lengths and ranges in wide arithmetic | [`blkif::Segment`], [`blkif::Request::parse`], [`blkif::DiskInfo::check`] | `t513_*` beside them, `pvr5_*` in `hostile_frontend.rs` and `lifecycle.rs` |
+//! | 6 error paths release once | `blkif/backend`, rule 3 | `hostile_frontend.rs` `t365_*` (T-71, T-362, T-371) |
+//! | 7 bounded use | budgets, limits, [`throttle`] | `pvr7_*`, `pvr9_*`, `t332_*` |
+//! | 8 any order of connecting and leaving | [`blkif::handshake`] | `lifecycle.rs` `any_order_*` (T-350, T-465) |
+//! | 9 persistent mappings are counted and freed | `blkif/backend/persistent.rs` | `hostile_frontend.rs` `pvr9_*`, `data_path.rs` |
+//! | 10 private state decides | [`ring`], rule 1 | `pvr10_*` in `hostile_*.rs`, T-313 in `t155_*` |
 //!
 //! ```
 //! use gnttab_abi::Abi;

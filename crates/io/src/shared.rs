@@ -69,6 +69,9 @@ unsafe impl Sync for SharedPages {}
 impl SharedPages {
     /// Takes a run of mapped pages as shared memory.
     ///
+    /// # Panics
+    /// If `base` is not page-aligned.
+    ///
     /// # Safety
     /// While the value lives:
     /// 1. `base` is page-aligned and `pages * 4096` bytes from it are mapped, readable, and writable if
@@ -116,7 +119,8 @@ impl SharedPages {
     /// Loads the little-endian word at byte `offset` once, with acquire ordering.
     ///
     /// # Panics
-    /// If the offset is not a multiple of 4 inside the region.
+    /// If the offset is not a multiple of 4 inside the region, or the region is read-only: control words are
+    /// shared both ways.
     #[must_use]
     pub fn load_u32(&self, offset: usize) -> u32 {
         let word = self.word(offset).load(Ordering::Acquire);
@@ -129,7 +133,6 @@ impl SharedPages {
     /// # Panics
     /// If the offset is not a multiple of 4 inside the region, or the region is read-only.
     pub fn store_u32(&self, offset: usize, value: u32) {
-        self.assert_writable();
         self.word(offset).store(value.to_le(), Ordering::Release);
     }
 
@@ -194,7 +197,7 @@ impl SharedPages {
     }
 
     fn assert_writable(&self) {
-        assert_eq!(self.access, Access::ReadWrite, "store to read-only shared memory");
+        assert_eq!(self.access, Access::ReadWrite, "this shared memory is read-only");
     }
 
     /// The address of a checked range (rule 3).
@@ -209,10 +212,11 @@ impl SharedPages {
     }
 
     fn word(&self, offset: usize) -> &AtomicU32 {
+        self.assert_writable();
         assert_eq!(offset % 4, 0, "a shared word is 4-aligned");
         let word = self.at(offset, 4).cast::<u32>();
-        // SAFETY: in range and aligned (both just checked), valid while `self` is borrowed; an atomic is no
-        // reference to plain bytes, and peers and we access ring indexes as whole aligned words.
+        // SAFETY: in range, aligned and writable (all just checked), valid while `self` is borrowed; an atomic is
+        // no reference to plain bytes, and peers and we access ring indexes as whole aligned words.
         unsafe { AtomicU32::from_ptr(word) }
     }
 

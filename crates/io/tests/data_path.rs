@@ -206,3 +206,61 @@ fn persistent_grants_stop_mapping_once_the_pages_are_known() {
     }
     assert_eq!(domain.map_calls(), mapped, "no request maps anything");
 }
+
+#[test]
+fn operations_of_many_requests_survive_a_reconnect_whole() {
+    for answered in 0..6 {
+        let mut rig = Rig::new(
+            RigConfig {
+                queues: 2,
+                ..RigConfig::default()
+            },
+            4096,
+        );
+        let data = |fill: u8| vec![fill; 300 * 1024];
+        for (token, fill) in [(0, 1), (1, 2), (2, 3)] {
+            let io = Io::Write {
+                sector: token * 600,
+                data: data(fill),
+            };
+            rig.device.submit(token, io).unwrap();
+        }
+        rig.device
+            .submit(
+                3,
+                Io::Read {
+                    sector: 3000,
+                    data: vec![9; 200 * 1024],
+                },
+            )
+            .unwrap();
+        rig.device.kick();
+        for (queue, event) in rig.backend.iter_mut().zip(&mut rig.to_frontend) {
+            let progress = queue.process(&rig.disk, event, answered).unwrap();
+            assert_eq!(progress.served, answered);
+        }
+        let early = if answered > 0 {
+            rig.device.poll().unwrap()
+        } else {
+            None
+        };
+        rig.kill_backend();
+        rig.device.close();
+        rig.connect();
+        let count = 4 - u64::from(early.is_some());
+        let done = drain(&mut rig, count);
+        let content = rig.disk.content();
+        for (token, fill) in [(0, 1u8), (1, 2), (2, 3)] {
+            let written = &content[token * 600 * 512..][..300 * 1024];
+            assert!(written.iter().all(|byte| *byte == fill));
+        }
+        let read = done
+            .into_iter()
+            .chain(early.map(|early| early.io))
+            .find_map(|io| match io {
+                Io::Read { data, .. } => Some(data),
+                _ => None,
+            });
+        assert!(read.unwrap().iter().all(|byte| *byte == 0));
+    }
+}

@@ -526,7 +526,8 @@ fn another_domain_takes_over_and_everything_in_flight_is_sent_again() {
             (0..20).for_each(|_| world.write());
             world.backend.as_mut().unwrap().serve(serve);
             world.kill_backend();
-            world.backend_id = DomId(10 + round);
+            // The third is of the domain that the second was of.
+            world.backend_id = DomId(10 + round / 2);
             let old = world.paths.clone();
             world.paths = replace_backend(&mut world.toolstack, &old, &spec(world.backend_id)).unwrap();
             // Either side may be the first to look.
@@ -548,6 +549,95 @@ fn another_domain_takes_over_and_everything_in_flight_is_sent_again() {
                 .iter()
                 .any(|queue| queue.stats().requeued > 0)
         );
+    }
+}
+
+#[test]
+fn a_link_to_another_backend_is_followed_although_the_old_one_is_still_there() {
+    let mut world = World::new(1, limits(1, 0));
+    world.settle();
+    (0..10).for_each(|_| world.write());
+    let old = world.paths.clone();
+    world.backend_id = DomId(4);
+    // To nowhere, so that what is at the old place stays.
+    let nowhere = VbdPaths {
+        backend: "/local/domain/9/backend/vbd/5/51712".into(),
+        ..old
+    };
+    world.paths = replace_backend(&mut world.toolstack, &nowhere, &spec(DomId(4))).unwrap();
+    let mut zombie = world.backend.take().unwrap();
+    world.backend = Backend::start(&world);
+    world.settle();
+    world.assert_connected();
+    assert_eq!(world.frontend.handshake.backend_id(), DomId(4));
+    world.finish();
+    zombie.serve(100);
+    zombie.step();
+    assert!(
+        zombie.queues.is_empty(),
+        "its frontend has gone through Initialising"
+    );
+}
+
+#[test]
+fn pvr8_a_frontend_that_starts_over_without_a_word_is_disconnected() {
+    let mut world = World::new(1, limits(1, 0));
+    world.settle();
+    world.write();
+    world.finish();
+    for state in ["1", "0", "6", "nonsense"] {
+        let mut liar = world.store.connect(FRONTEND);
+        liar.put(Tx::NONE, &world.paths.frontend, "state", state).unwrap();
+        let backend = world.backend.as_mut().unwrap();
+        backend.step();
+        assert!(backend.queues.is_empty(), "state {state}");
+        world.settle();
+        world.frontend = Frontend::start(&world, 1);
+        world.backend = Backend::start(&world);
+        world.settle();
+        world.assert_connected();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+
+    /// T-350: a hostile frontend toggles its state and its keys as it likes. The backend never panics, and has
+    /// let go of everything whenever the two agree on Closed.
+    #[test]
+    fn pvr8_any_states_and_keys_of_a_frontend(
+        acts in prop::collection::vec((0..12u8, 0..8usize, 0..6usize), 0..80),
+    ) {
+        let mut world = World::new(2, limits(2, 2));
+        world.settle();
+        let mut liar = world.store.connect(FRONTEND);
+        let dir = world.paths.frontend.clone();
+        for (state, key, value) in acts {
+            if state < 9 {
+                liar.put(Tx::NONE, &dir, "state", state).unwrap();
+            } else {
+                let key = [
+                    "protocol", "ring-page-order", "multi-queue-num-queues", "queue-0/ring-ref0",
+                    "queue-1/ring-ref1", "ring-ref", "event-channel", "feature-persistent",
+                ][key];
+                let value = ["0", "1", "2", "8", "-1", "x86_32-abi"][value];
+                liar.put(Tx::NONE, &dir, key, value).unwrap();
+            }
+            let backend = world.backend.as_mut().unwrap();
+            backend.step();
+            for queue in &mut backend.queues {
+                let _ = queue.process(&*backend.disk, &mut Event::new(), 10);
+            }
+            if world.states() == ("6".into(), "6".into()) {
+                prop_assert_eq!(world.domain.mappings(), 0);
+            }
+        }
+        for _ in 0..3 {
+            liar.put(Tx::NONE, &dir, "state", 6).unwrap();
+            world.backend.as_mut().unwrap().step();
+        }
+        prop_assert_eq!(world.domain.mappings(), 0);
+        prop_assert_eq!(world.states().1, "6");
     }
 }
 
@@ -715,6 +805,7 @@ enum Act {
     Poll,
     RestartBackend,
     ReplaceBackend,
+    ReplaceInPlace,
     Leave,
     FailFrontend,
     FailBackend,
@@ -732,6 +823,7 @@ proptest! {
             prop_oneof![
                 6 => Just(Act::Front), 6 => Just(Act::Back), 8 => Just(Act::Write), 4 => Just(Act::Serve),
                 4 => Just(Act::Poll), 1 => Just(Act::RestartBackend), 1 => Just(Act::ReplaceBackend),
+                1 => Just(Act::ReplaceInPlace),
                 1 => Just(Act::Leave), 1 => Just(Act::FailFrontend), 1 => Just(Act::FailBackend),
                 1 => Just(Act::Resize),
             ],
@@ -752,9 +844,11 @@ proptest! {
                     world.kill_backend();
                     world.backend = Backend::start(&world);
                 }
-                Act::ReplaceBackend => {
+                Act::ReplaceBackend | Act::ReplaceInPlace => {
                     world.kill_backend();
-                    world.backend_id = DomId(world.backend_id.0 + 1);
+                    if matches!(act, Act::ReplaceBackend) {
+                        world.backend_id = DomId(world.backend_id.0 + 1);
+                    }
                     let old = world.paths.clone();
                     world.paths = replace_backend(&mut world.toolstack, &old, &spec(world.backend_id)).unwrap();
                     world.backend = Backend::start(&world);

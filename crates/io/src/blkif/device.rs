@@ -3,6 +3,7 @@
 use alloc::collections::VecDeque;
 use alloc::vec;
 use alloc::vec::Vec;
+use core::fmt;
 
 use gnttab_abi::GrantRef;
 
@@ -40,6 +41,12 @@ pub struct BlockDevice<G: Granter, N> {
     turn: usize,
     /// Completions that a blocking call met while it waited for its own.
     aside: VecDeque<Completion>,
+}
+
+impl<G: Granter, N> fmt::Debug for BlockDevice<G, N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(&self.queues).finish()
+    }
 }
 
 /// Why a blocking operation failed.

@@ -6,8 +6,6 @@ mod disk;
 mod frontend;
 pub mod handshake;
 mod layout;
-mod persistent;
-mod pool;
 mod request;
 
 pub use backend::{BackendConfig, BackendQueue, BackendStats, ConnectError, Failure, OneShot, Progress};

@@ -142,8 +142,9 @@ impl FrontendHandshake {
     /// here: keys that make no sense are reported in the store and end the connection.
     pub fn advance<S: Store>(&mut self, store: &mut S) -> Result<FrontendEvent, XenbusError<S::Error>> {
         use XenbusState::{Closed, Closing, Connected, InitWait, Initialised, Unknown};
-        let gone = read_state(store, &self.directory)? == Unknown;
-        let moved = !gone && self.has_another_backend(store)?;
+        let own = read_state(store, &self.directory)?;
+        let gone = own == Unknown;
+        let moved = !gone && (self.was_reset(own) || self.has_another_backend(store)?);
         let backend = read_state(store, &self.backend)?;
         match self.phase {
             Phase::Removed => Ok(FrontendEvent::Removed),
@@ -198,6 +199,17 @@ impl FrontendHandshake {
             self.phase = Phase::Initialising;
         }
         Ok(FrontendEvent::Idle)
+    }
+
+    /// The toolstack has put our state back: there is a new backend where the old one was.
+    fn was_reset(&mut self, own: XenbusState) -> bool {
+        let spoken = matches!(
+            self.phase,
+            Phase::Published | Phase::Connecting | Phase::Connected | Phase::Closing | Phase::Leaving
+        );
+        let reset = spoken && own == XenbusState::Initialising;
+        self.was_connected |= reset;
+        reset
     }
 
     fn has_another_backend<S: Store>(&self, store: &mut S) -> Result<bool, XenbusError<S::Error>> {

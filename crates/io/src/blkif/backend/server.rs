@@ -1,284 +1,16 @@
-//! The backend's half of one queue: takes requests from the ring, moves data between the peer's pages and a
-//! [`Disk`], answers.
-//!
-//! # Rules
-//! 1. A request is judged on its private copy, in the order of spec 2.2; the segments of an indirect request
-//!    are copied out of their pages once, and judged on that copy.
-//! 2. The peer's data pages are never looked at. They go to the disk as addresses and lengths: what the peer
-//!    writes into them meanwhile changes its own data and nothing else. No `&[u8]` over them exists.
-//! 3. Whatever a request holds, it gets exactly one answer, and every page that was mapped for it alone is
-//!    unmapped before, on every path.
-//! 4. A call of [`BackendQueue::process`] serves at most as many requests as it was told to.
-//! 5. A ring that makes no sense is an error that ends this connection and concerns nobody else.
-//! 6. All mappings go when the queue is dropped (PVR-9).
-//!
-//! With persistent grants the working set of pages stays mapped, and a request costs a look-up for each page
-//! and one disk operation: no hypercall. Requests of one queue are served one after the other, which keeps
-//! their order and makes barriers free; depth comes from having several queues, each on a thread of its own.
+//! Serving one request after the other: spec 2.2, step by step.
 
 use alloc::vec::Vec;
 
-use gnttab_abi::{Abi, GrantRef, GrantStatus, PAGE_SIZE};
+use gnttab_abi::{GrantRef, GrantStatus, PAGE_SIZE};
 
-use super::disk::{Disk, DiskError, DiskInfo};
-use super::layout::{
-    MAX_DIRECT_SEGMENTS, RawSegment, SEGMENT_SIZE, SEGMENTS_PER_INDIRECT_PAGE, Slot, response_size, slot_size,
-};
 use super::persistent::PersistentGrants;
-use super::request::{BadRequest, Discard, Indirect, Request, Segment, Status, Transfer, answer};
-use crate::grants::{Access, CopyDirection, CopyPart, Grantee, Notify};
-use crate::ring::{AttachError, BackRing, RingBroken};
+use super::types::{BackendConfig, BackendStats, Failure, OneShot};
+use crate::blkif::disk::{Disk, DiskInfo};
+use crate::blkif::layout::{MAX_DIRECT_SEGMENTS, RawSegment, SEGMENT_SIZE, SEGMENTS_PER_INDIRECT_PAGE, Slot};
+use crate::blkif::request::{BadRequest, Discard, Indirect, Request, Segment, Status, Transfer};
+use crate::grants::{Access, CopyDirection, CopyPart, Grantee};
 use crate::shared::{SharedPages, SharedSlice, SharedSliceMut};
-
-/// How a queue serves its peer: what was negotiated, and what is ours to choose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BackendConfig {
-    /// Layout of the ring.
-    pub abi: Abi,
-    /// Both sides said `feature-persistent`.
-    pub persistent: bool,
-    /// Mappings that are kept, where persistent grants were negotiated.
-    pub persistent_limit: usize,
-    /// Segments of an indirect request, as advertised; 0 for none, at most 4096.
-    pub max_indirect: u16,
-    /// What is done with pages that are not kept.
-    pub one_shot: OneShot,
-}
-
-impl BackendConfig {
-    /// Linux's limits: 256 indirect segments, 1056 persistent mappings, one-shot pages mapped.
-    #[must_use]
-    pub const fn new(abi: Abi, persistent: bool) -> BackendConfig {
-        BackendConfig {
-            abi,
-            persistent,
-            persistent_limit: 1056,
-            max_indirect: 256,
-            one_shot: OneShot::Map,
-        }
-    }
-}
-
-/// How a page that is used for one request only is reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum OneShot {
-    /// Mapped, and unmapped before the answer.
-    Map,
-    /// Copied through a buffer by the hypervisor.
-    Copy,
-}
-
-/// What a call of [`BackendQueue::process`] did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
-    /// Requests answered. None at all: the event that led here was spurious.
-    pub served: u32,
-    /// The budget was used up and there may be more: call again without waiting for an event.
-    pub more: bool,
-}
-
-/// What a queue has done so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BackendStats {
-    /// Read requests done.
-    pub reads: u64,
-    /// Write requests done.
-    pub writes: u64,
-    /// Flushes and barriers done.
-    pub flushes: u64,
-    /// Discards done.
-    pub discards: u64,
-    /// Bytes read from the disk.
-    pub bytes_read: u64,
-    /// Bytes written to the disk.
-    pub bytes_written: u64,
-    /// Requests refused or failed.
-    pub failures: u64,
-    /// Pages mapped, for good or for one request.
-    pub mapped: u64,
-    /// Pages copied by the hypervisor.
-    pub copied: u64,
-    /// Times that the peer was notified.
-    pub notifications: u64,
-}
-
-/// Why a request failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Failure {
-    /// It was refused.
-    #[error(transparent)]
-    Request(#[from] BadRequest),
-    /// One of its pages could not be mapped or copied.
-    #[error("a page of the request: {0}")]
-    Grant(GrantStatus),
-    /// The disk failed.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
-}
-
-impl Failure {
-    /// The status that answers it.
-    #[must_use]
-    pub const fn status(self) -> Status {
-        match self {
-            Failure::Request(bad) => bad.status(),
-            Failure::Disk(DiskError::NotSupported) => Status::NotSupported,
-            Failure::Grant(_) | Failure::Disk(DiskError::Failed) => Status::Error,
-        }
-    }
-}
-
-/// A queue could not be connected. Nothing stays mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ConnectError {
-    /// The ring's pages could not be mapped.
-    #[error("mapping the ring: {0}")]
-    Map(GrantStatus),
-    /// They hold no ring.
-    #[error(transparent)]
-    Attach(#[from] AttachError),
-}
-
-/// The backend's half of one queue of a block device.
-///
-/// ```
-/// use gnttab_abi::Abi;
-/// use gnttab_io::blkif::{BackendConfig, BackendQueue, Disk as _};
-/// use gnttab_io::fake::{FakeDomain, NullPort, RamDisk};
-///
-/// let frontend = FakeDomain::new();
-/// let ring = frontend.grant_ring(1, 112);
-/// let disk = RamDisk::new(64);
-/// let config = BackendConfig::new(Abi::X86_64, true);
-/// let mut queue = BackendQueue::connect(frontend.grantee(), &ring, config, disk.info())?;
-/// let progress = queue.process(&disk, &mut NullPort, 32)?;
-/// assert_eq!(progress.served, 0);
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-pub struct BackendQueue<G: Grantee> {
-    // `None` only while the queue is dropped.
-    ring: Option<BackRing<G::Mapping>>,
-    server: Server<G>,
-}
-
-impl<G: Grantee> BackendQueue<G> {
-    /// Maps the ring that the frontend granted and attaches to it. A ring in use is taken up where the
-    /// backend before left it.
-    ///
-    /// # Errors
-    /// [`ConnectError`]; nothing stays mapped then.
-    pub fn connect(
-        mut grantee: G,
-        ring: &[GrantRef],
-        config: BackendConfig,
-        disk: DiskInfo,
-    ) -> Result<Self, ConnectError> {
-        let mapping = grantee.map_run(ring).map_err(ConnectError::Map)?;
-        match BackRing::attach(mapping, slot_size(config.abi)) {
-            Ok(ring) => Ok(BackendQueue {
-                ring: Some(ring),
-                server: Server::new(grantee, config, disk),
-            }),
-            Err(failed) => {
-                grantee.unmap(&mut Vec::from([failed.pages]));
-                Err(failed.error.into())
-            }
-        }
-    }
-
-    /// Serves up to `budget` requests. Call it when the peer has sent an event, and again while
-    /// [`Progress::more`] says so; otherwise wait for the next event.
-    ///
-    /// # Errors
-    /// [`RingBroken`]: the ring is dead, now and at every later call. Disconnect.
-    pub fn process(
-        &mut self,
-        disk: &impl Disk,
-        port: &mut impl Notify,
-        budget: u32,
-    ) -> Result<Progress, RingBroken> {
-        let BackendQueue {
-            ring: Some(ring),
-            server,
-        } = self
-        else {
-            return Ok(Progress {
-                served: 0,
-                more: false,
-            });
-        };
-        let abi = server.config.abi;
-        let mut slot = Slot::new(abi);
-        let mut served = 0;
-        loop {
-            while served < budget
-                && let Some(owed) = ring.take(slot.bytes_mut())?
-            {
-                let status = server.serve(&slot, disk);
-                ring.respond(owed, &answer(&slot, status).to_bytes()[..response_size(abi)]);
-                if ring.publish() {
-                    server.stats.notifications += 1;
-                    port.notify();
-                }
-                served += 1;
-            }
-            if served >= budget {
-                return Ok(Progress { served, more: true });
-            }
-            if !ring.final_check()? {
-                return Ok(Progress { served, more: false });
-            }
-        }
-    }
-
-    /// Tells the queue the time, in milliseconds from any start: from time to time it lets go of persistent
-    /// mappings that nobody uses. Every 100 ms is enough.
-    pub fn tick(&mut self, now_ms: u64) {
-        let mut old = self.server.persistent.purge(now_ms);
-        self.server.grantee.unmap(&mut old);
-    }
-
-    /// Takes over a disk whose size or nature has changed.
-    pub fn set_disk(&mut self, disk: DiskInfo) {
-        self.server.disk = disk;
-    }
-
-    /// What was done so far.
-    #[must_use]
-    pub fn stats(&self) -> BackendStats {
-        self.server.stats
-    }
-
-    /// Persistent mappings held now.
-    #[must_use]
-    pub fn persistent_mappings(&self) -> usize {
-        self.server.persistent.len()
-    }
-
-    /// Why the last request that failed did.
-    #[must_use]
-    pub fn last_failure(&self) -> Option<Failure> {
-        self.server.last_failure
-    }
-
-    /// Unmaps everything, as dropping does.
-    pub fn disconnect(self) {}
-}
-
-impl<G: Grantee> Drop for BackendQueue<G> {
-    fn drop(&mut self) {
-        let Server {
-            persistent,
-            one_shot,
-            grantee,
-            ..
-        } = &mut self.server;
-        let mut all = persistent.drain();
-        all.append(one_shot);
-        all.extend(self.ring.take().map(BackRing::into_pages));
-        grantee.unmap(&mut all);
-    }
-}
 
 /// Where the data of one segment is reached.
 #[derive(Clone, Copy)]
@@ -292,24 +24,24 @@ enum Place {
 }
 
 /// Everything but the ring: what serves one request after the other.
-struct Server<G: Grantee> {
-    grantee: G,
-    config: BackendConfig,
-    disk: DiskInfo,
-    persistent: PersistentGrants<G::Mapping>,
+pub(super) struct Server<G: Grantee> {
+    pub(super) grantee: G,
+    pub(super) config: BackendConfig,
+    pub(super) disk: DiskInfo,
+    pub(super) persistent: PersistentGrants<G::Mapping>,
     /// Made when the first copy needs it.
     buffer: Option<G::Buffer>,
-    stats: BackendStats,
-    last_failure: Option<Failure>,
+    pub(super) stats: BackendStats,
+    pub(super) last_failure: Option<Failure>,
     // What follows belongs to the request being served, kept to reuse its memory.
     segments: Vec<Segment>,
     wanted: Vec<GrantRef>,
     places: Vec<Place>,
-    one_shot: Vec<G::Mapping>,
+    pub(super) one_shot: Vec<G::Mapping>,
 }
 
 impl<G: Grantee> Server<G> {
-    fn new(grantee: G, config: BackendConfig, disk: DiskInfo) -> Self {
+    pub(super) fn new(grantee: G, config: BackendConfig, disk: DiskInfo) -> Self {
         let limit = if config.persistent {
             config.persistent_limit
         } else {
@@ -330,7 +62,7 @@ impl<G: Grantee> Server<G> {
         }
     }
 
-    fn serve(&mut self, slot: &Slot, disk: &impl Disk) -> Status {
+    pub(super) fn serve(&mut self, slot: &Slot, disk: &impl Disk) -> Status {
         let result = self.try_serve(slot, disk);
         self.release();
         match result {
