@@ -1,0 +1,18 @@
+//! Links a kernel: no C library, no start files, our own layout.
+
+fn main() {
+    let folder = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_default();
+    println!("cargo::rerun-if-changed=kernel.ld");
+    for argument in ["-nostartfiles", "-nostdlib", "-static", "-no-pie"] {
+        println!("cargo::rustc-link-arg-bins={argument}");
+    }
+    for argument in [
+        &format!("-T{folder}/kernel.ld"),
+        "--build-id=none",
+        "-zmax-page-size=4096",
+        "-znoexecstack",
+        "-znorelro",
+    ] {
+        println!("cargo::rustc-link-arg-bins=-Wl,{argument}");
+    }
+}

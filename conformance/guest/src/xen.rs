@@ -1,0 +1,164 @@
+//! What the kernel asks of Xen, and where its own memory is.
+//!
+//! What must always hold: the kernel's image and the page tables that Xen built for it are mapped
+//! where they were at the start ("physical" address = virtual address); only pages of [`Pages`]
+//! are ever mapped anew, by [`map`].
+
+use core::arch::asm;
+use core::cell::UnsafeCell;
+use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// The level-4 table's address, as start info gave it.
+static ROOT: AtomicU64 = AtomicU64::new(0);
+/// The table of machine frames by "physical" frame.
+static FRAMES: AtomicU64 = AtomicU64::new(0);
+
+/// Machine to physical: Xen shows every guest this table, read-only, at this address.
+const MACHINE_TO_PHYSICAL: u64 = 0xFFFF_8000_0000_0000;
+const PTE_FRAME: u64 = 0x000F_FFFF_FFFF_F000;
+
+/// Pages of the kernel's own, all zero at the start.
+#[repr(C, align(65536))]
+pub struct Pages<const N: usize>(UnsafeCell<[[u64; 512]; N]>);
+
+// SAFETY: the kernel has one processor and takes no interrupts; accesses are single words.
+unsafe impl<const N: usize> Sync for Pages<N> {}
+
+impl<const N: usize> Pages<N> {
+    pub const fn new() -> Pages<N> {
+        Pages(UnsafeCell::new([[0; 512]; N]))
+    }
+
+    pub fn addr(&self) -> u64 {
+        self.0.get() as u64
+    }
+}
+
+/// Remembers what start info says.
+pub fn start(info: u64) {
+    // The public header's offsets: pt_base, mfn_list.
+    ROOT.store(load64(info + PT_BASE), Ordering::Relaxed);
+    FRAMES.store(load64(info + MFN_LIST), Ordering::Relaxed);
+}
+
+const PT_BASE: u64 = 32 + 8 + 8 + 4 + 4 + 8 + 4 + 4 + 8 + 8;
+const MFN_LIST: u64 = PT_BASE + 16;
+
+/// Loads a word at an address that is mapped.
+pub fn load64(addr: u64) -> u64 {
+    // SAFETY: callers pass addresses of mapped memory; the load is volatile since Xen writes too.
+    unsafe { (addr as *const u64).read_volatile() }
+}
+
+/// Stores a word at an address that is mapped writable.
+pub fn store64(addr: u64, value: u64) {
+    // SAFETY: callers pass addresses of pages of [`Pages`] or of what they mapped there.
+    unsafe { (addr as *mut u64).write_volatile(value) }
+}
+
+pub fn load8(addr: u64) -> u8 {
+    // SAFETY: as in `load64`.
+    unsafe { (addr as *const u8).read_volatile() }
+}
+
+pub fn store8(addr: u64, value: u8) {
+    // SAFETY: as in `store64`.
+    unsafe { (addr as *mut u8).write_volatile(value) }
+}
+
+pub fn load16(addr: u64) -> u16 {
+    // SAFETY: as in `load64`; the address is even.
+    unsafe { (addr as *const u16).read_volatile() }
+}
+
+pub fn store16(addr: u64, value: u16) {
+    // SAFETY: as in `store64`; the address is even.
+    unsafe { (addr as *mut u16).write_volatile(value) }
+}
+
+pub fn store32(addr: u64, value: u32) {
+    // SAFETY: as in `store64`; the address is a multiple of 4.
+    unsafe { (addr as *mut u32).write_volatile(value) }
+}
+
+/// Copies from mapped memory.
+pub fn load_bytes(addr: u64, into: &mut [u8]) {
+    for (at, byte) in (addr..).zip(into) {
+        *byte = load8(at);
+    }
+}
+
+/// Copies into mapped memory.
+pub fn store_bytes(addr: u64, bytes: &[u8]) {
+    for (at, byte) in (addr..).zip(bytes) {
+        store8(at, *byte);
+    }
+}
+
+/// The machine frame of one of the kernel's pages, as it was at the start.
+pub fn frame_of(addr: u64) -> u64 {
+    load64(FRAMES.load(Ordering::Relaxed) + (addr >> 12) * 8)
+}
+
+/// Where the page-table entry for an address lies.
+pub fn pte_of(addr: u64) -> u64 {
+    let mut table = ROOT.load(Ordering::Relaxed);
+    for level in [39, 30, 21] {
+        let entry = load64(table + (addr >> level) % 512 * 8);
+        let frame = (entry & PTE_FRAME) >> 12;
+        table = load64(MACHINE_TO_PHYSICAL + frame * 8) << 12;
+    }
+    table + (addr >> 12) % 512 * 8
+}
+
+/// A hypercall of up to four arguments. The registers may come back changed.
+pub fn hypercall(number: u64, a: u64, b: u64, c: u64, d: u64) -> i64 {
+    unsafe extern "C" {
+        static hypercall_page: u8;
+    }
+    let result: i64;
+    // SAFETY: Xen filled the page at the start: 32 bytes for each call. What the call does to
+    // memory is what its arguments say; the compiler is told that memory may change.
+    unsafe {
+        let entry = (&raw const hypercall_page).wrapping_add(number as usize * 32);
+        asm!("call {entry}", entry = in(reg) entry, inlateout("rax") number => result,
+            inlateout("rdi") a => _, inlateout("rsi") b => _, inlateout("rdx") c => _,
+            inlateout("r10") d => _, out("r8") _, out("r9") _, out("rcx") _, out("r11") _);
+    }
+    result
+}
+
+const UPDATE_VA_MAPPING: u64 = 14;
+const CONSOLE_IO: u64 = 18;
+const SCHED_OP: u64 = 29;
+/// Flush this processor's translation of the one address.
+const INVALIDATE: u64 = 2;
+
+/// Puts an entry into the kernel's page tables; false if Xen refuses.
+pub fn map(addr: u64, pte: u64) -> bool {
+    hypercall(UPDATE_VA_MAPPING, addr, pte, INVALIDATE, 0) == 0
+}
+
+/// Gives the processor up for a moment.
+pub fn pause() {
+    hypercall(SCHED_OP, 0, 0, 0, 0);
+}
+
+/// Ends the machine.
+pub fn shutdown() -> ! {
+    let reason = 1_u32; // reboot, which `-no-reboot` makes the end
+    loop {
+        hypercall(SCHED_OP, 2, (&raw const reason) as u64, 0, 0);
+    }
+}
+
+/// Xen's console.
+pub struct Console;
+
+impl fmt::Write for Console {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        hypercall(CONSOLE_IO, 0, text.len() as u64, text.as_ptr() as u64, 0);
+        Ok(())
+    }
+}

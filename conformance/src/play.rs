@@ -1,0 +1,567 @@
+//! Carries a script out, in whichever world, and digests what comes of it.
+//!
+//! What must always hold:
+//! 1. Nothing that a world numbers as it likes reaches a digest: frames go in by name, handles not
+//!    at all (a stale handle whose number has been given out again is taken for one that nobody has).
+//! 2. A script starts from a clean world and is cleaned up after: no mapping, no entry, version 1,
+//!    pages as at the start. What cannot be undone (the size of a table) is part of the digest.
+
+use gnttab_abi::Op;
+
+use crate::script::{
+    CallHead, Field, Head, LIST, MOST_FIELDS, NO_HANDLE, OTHER_PAGES, PAGES, Place, Reader, SLOTS,
+    SLOTS_TABLE, Value, fields, is_backed,
+};
+
+/// Present, writable, user, write-through, cache-disable, attribute index, the guest's own bits
+/// and no-execute: what is compared of a page-table entry.
+const PTE_BITS: u64 = 1 | 2 | 8 | 16 | 1 << 7 | 7 << 9;
+const PTE_FRAME: u64 = 0x000F_FFFF_FFFF_F000;
+const PRESENT: u64 = 1;
+const WRITABLE: u64 = 2;
+/// Fills arguments before they are written, and lists.
+const FILL: u8 = 0xA5;
+/// Elements of a list that are looked at.
+const LIST_SEEN: u64 = 72;
+/// Handles that are remembered.
+const MOST_HANDLES: usize = 4096;
+/// Says that a number is a frame's name.
+const NAMED: u64 = 1 << 62;
+/// -EFAULT
+const FAULT: i64 = -14;
+
+/// References that are looked at after each step: those that scripts use, and the edges.
+pub const WATCHED: [u32; 32] = [
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 254, 255, 256, 257, 510, 511, 512,
+    513, 767, 768, 1023, 1024,
+];
+
+/// What a script is played on: a domain's kernel, and what its hypervisor lets it see.
+pub trait World {
+    /// Makes a grant-table hypercall.
+    fn call(&mut self, command: u64, addr: u64, count: u64) -> i64;
+    /// Address of an area.
+    fn area(&self, area: u8) -> u64;
+    /// Stores behind the mappings of an area. What is not backed is left out.
+    fn poke(&mut self, area: u8, offset: u64, bytes: &[u8]);
+    /// Loads behind the mappings of an area.
+    fn peek(&self, area: u8, offset: u64, into: &mut [u8]);
+    /// The frame of a name.
+    fn frame(&self, name: u64) -> Option<u64>;
+    /// The name of a frame.
+    fn name(&self, frame: u64) -> Option<u64>;
+    /// Address of a slot.
+    fn slot(&self, slot: u64) -> u64;
+    /// Machine address of a slot's page-table entry.
+    fn pte_addr(&self, slot: u64) -> u64;
+    /// A slot's page-table entry.
+    fn pte(&self, slot: u64) -> u64;
+    /// Maps a page, or nothing, at a slot; false if the hypervisor refuses.
+    fn set_pte(&mut self, slot: u64, page: Option<(u64, bool)>) -> bool;
+    /// Loads a byte through a slot that maps something.
+    fn load(&self, slot: u64, offset: u16) -> u8;
+    /// Stores a byte through a slot that is mapped writable.
+    fn store(&mut self, slot: u64, offset: u16, byte: u8);
+    /// A word of a page's content; pages are the caller's and the other domain's.
+    fn page_word(&self, page: u64, word: usize) -> u64;
+    /// Gives a page the content that it has at the start.
+    fn reset_page(&mut self, page: u64);
+    /// Pages of the other domain; 0 without one.
+    fn other_pages(&self) -> u64;
+    /// Bytes of a table that there are.
+    fn table_bytes(&self, other: bool) -> u64;
+    /// Loads from a table.
+    fn table_load(&self, other: bool, offset: u64, into: &mut [u8]);
+    /// Stores into a table, in one access of 1, 2, 4 or 8 bytes.
+    fn table_store(&mut self, other: bool, offset: u64, size: u8, value: u64);
+    /// A status word of the caller's.
+    fn status_load(&self, index: u64) -> Option<u16>;
+    /// Stores a status word of the caller's.
+    fn status_store(&mut self, index: u64, value: u16);
+    /// The version of the caller's table.
+    fn version(&self) -> u32;
+    /// Looks again at what the hypervisor has for the tables: they may have grown or changed version.
+    fn refresh(&mut self);
+    /// Stops seeing the status pages.
+    fn release_status(&mut self);
+    /// A word of the script's answer.
+    fn emit(&mut self, word: u64);
+    /// A step begins.
+    fn begins(&mut self, step: usize);
+    /// One thing seen, before it is digested. Only with `verbose`.
+    fn seen(&mut self, what: &'static str, index: u64, value: u64);
+    /// Whether things seen are wanted one by one.
+    fn verbose(&self) -> bool;
+}
+
+/// Plays a script. False: what it left could not be cleaned up.
+pub fn play<W: World>(world: &mut W, script: &[u8]) -> bool {
+    let mut play = Play {
+        world,
+        handles: [0; MOST_HANDLES],
+        known: 0,
+        lost: false,
+        pages_changed: false,
+        hold_status: false,
+        digest: 0,
+    };
+    let mut reader = Reader::new(script);
+    let mut step = 0;
+    while let Some(head) = play.begin(step).and_then(|()| reader.head()) {
+        play.step(head, &mut reader);
+        play.look();
+        play.end();
+        step += 1;
+    }
+    let clean = play.clean_up();
+    play.end();
+    clean
+}
+
+struct Play<'w, W> {
+    world: &'w mut W,
+    /// Handles of the script's maps, in order.
+    handles: [u32; MOST_HANDLES],
+    known: usize,
+    /// A mapping may have been made whose handle was not told.
+    lost: bool,
+    pages_changed: bool,
+    hold_status: bool,
+    digest: u64,
+}
+
+impl<W: World> Play<'_, W> {
+    fn begin(&mut self, step: usize) -> Option<()> {
+        self.world.begins(step);
+        self.digest = 0xCBF2_9CE4_8422_2325;
+        Some(())
+    }
+
+    fn end(&mut self) {
+        let digest = self.digest;
+        self.world.emit(digest);
+    }
+
+    fn see(&mut self, what: &'static str, index: u64, value: u64) {
+        if self.world.verbose() {
+            self.world.seen(what, index, value);
+        }
+        self.digest = (self.digest ^ value)
+            .wrapping_mul(0x0000_0100_0000_01B3)
+            .rotate_left(29);
+    }
+
+    fn name(&self, frame: u64) -> u64 {
+        self.world.name(frame).map_or(frame, |name| NAMED | name)
+    }
+
+    /// A machine address, its frame by name.
+    fn name_addr(&self, addr: u64) -> u64 {
+        (self.name(addr >> 12) << 12) ^ (addr & 0xFFF)
+    }
+
+    fn handle(&self, k: u64) -> u32 {
+        let known = &self.handles[..self.known.min(MOST_HANDLES)];
+        let Some(index) = usize::try_from(k).ok().and_then(|k| k.checked_rem(known.len())) else {
+            return NO_HANDLE;
+        };
+        let handle = known[index];
+        if known[index + 1..].contains(&handle) {
+            NO_HANDLE
+        } else {
+            handle
+        }
+    }
+
+    fn value(&self, value: Value, item: u64) -> u64 {
+        match value {
+            Value::Lit(n) => n,
+            Value::Page(name) => self.world.frame(name).unwrap_or(0xFFFF_FFF1),
+            Value::PageAddr(name, offset) => {
+                (self.world.frame(name).unwrap_or(0xFFFF_FFF1) << 12) + u64::from(offset)
+            }
+            Value::Slot(slot, offset) => self.world.slot(slot % SLOTS) + u64::from(offset),
+            Value::Pte(slot, offset) => self.world.pte_addr(slot % SLOTS) + u64::from(offset),
+            Value::Handle(k) => u64::from(self.handle(k)),
+            Value::HandleSeq(base) => u64::from(self.handle(base + item)),
+            Value::Area(area, offset) => self.world.area(area) + u64::from(offset),
+        }
+    }
+
+    fn step(&mut self, head: Head, reader: &mut Reader<'_>) {
+        match head {
+            Head::Call(call) => self.call(call, reader),
+            Head::Entry {
+                other,
+                offset,
+                size,
+                value,
+            } => {
+                let (offset, value) = (u64::from(offset), self.value(value, 0));
+                if offset + u64::from(size) <= self.world.table_bytes(other) {
+                    self.world.table_store(other, offset, size, value);
+                }
+            }
+            Head::StatusWord { index, value } => self.world.status_store(u64::from(index), value),
+            Head::SetPte { slot, page, writable } => {
+                let page = (page != 0xFF).then_some((u64::from(page), writable));
+                let done = self.world.set_pte(u64::from(slot) % SLOTS, page);
+                self.see("page-table entry set", u64::from(slot), u64::from(done));
+            }
+            Head::Touch { slot, offset, write } => self.touch(u64::from(slot) % SLOTS, offset % 4096, write),
+            Head::HoldStatus(hold) => self.hold_status = hold,
+        }
+    }
+
+    fn touch(&mut self, slot: u64, offset: u16, write: Option<u8>) {
+        let pte = self.world.pte(slot);
+        if pte & PRESENT == 0 {
+            return;
+        }
+        let byte = self.world.load(slot, offset);
+        self.see("byte at slot", slot, u64::from(byte));
+        // A page table or a table of grants is not for scripts to overwrite by the way.
+        let named = self.world.name((pte & PTE_FRAME) >> 12);
+        let ordinary = named.is_some_and(|name| name < PAGES || self.is_other_page(name));
+        if let Some(byte) = write
+            && pte & WRITABLE != 0
+            && ordinary
+        {
+            self.world.store(slot, offset, byte);
+            self.pages_changed = true;
+        }
+    }
+
+    fn is_other_page(&self, name: u64) -> bool {
+        (OTHER_PAGES..OTHER_PAGES + self.world.other_pages()).contains(&name)
+    }
+
+    fn call(&mut self, call: CallHead, reader: &mut Reader<'_>) {
+        let CallHead { op, place, .. } = call;
+        let mut given = [[Value::Lit(0); MOST_FIELDS]; MOST_ITEMS];
+        let layout = fields(op);
+        let items = usize::from(call.items).min(MOST_ITEMS);
+        for item in 0..usize::from(call.items) {
+            for index in 0..layout.len() {
+                let Some(value) = reader.value() else { return };
+                given[item.min(MOST_ITEMS - 1)][index] = value;
+            }
+        }
+        let size = op.arg_size(gnttab_abi::Abi::X86_64);
+        let total = if items == 0 { 0 } else { u64::from(call.total) };
+        if let Place::Area(area, start) = place {
+            for item in 0..total {
+                let values = &given[usize::try_from(item).unwrap_or(0) % items];
+                let mut bytes = [FILL; 40];
+                self.lay_out(layout, values, item, &mut bytes);
+                let offset = u64::from(start) + item * size as u64;
+                if is_backed(area, offset, size as u64) {
+                    self.world.poke(area, offset, &bytes[..size]);
+                }
+            }
+        }
+        let listed = matches!(op, Op::SetupTable | Op::GetStatusFrames);
+        if listed {
+            for element in 0..AREA_END / 8 {
+                if element < LIST_SEEN || element >= AREA_END / 8 - LIST_SEEN {
+                    self.world.poke(LIST, element * 8, &[FILL; 8]);
+                }
+            }
+        }
+        if op == Op::SetVersion && !self.hold_status {
+            self.world.release_status();
+        }
+        let addr = match place {
+            Place::Lit(addr) => addr,
+            Place::Area(area, start) => self.world.area(area) + u64::from(start),
+        };
+        let result = self.world.call(call.command, addr, call.count);
+        self.see("result", 0, result.cast_unsigned());
+        if matches!(op, Op::SetupTable | Op::SetVersion) {
+            self.world.refresh();
+        }
+        self.lost |= op == Op::MapGrantRef && result == FAULT;
+        if let Place::Area(area, start) = place {
+            for item in 0..total {
+                let values = &given[usize::try_from(item).unwrap_or(0) % items];
+                let offset = u64::from(start) + item * size as u64;
+                if is_backed(area, offset, size as u64) {
+                    let mut was = [FILL; 40];
+                    self.lay_out(layout, values, item, &mut was);
+                    let mut is = [FILL; 40];
+                    self.world.peek(area, offset, &mut is[..size]);
+                    self.compare(op, item, &was, &is);
+                }
+            }
+        }
+        if listed {
+            self.look_at_list();
+        }
+        if op == Op::Copy {
+            self.pages_changed = true;
+            self.look_at_pages();
+        }
+    }
+
+    fn lay_out(&self, layout: &[Field], values: &[Value; MOST_FIELDS], item: u64, bytes: &mut [u8; 40]) {
+        for (field, value) in layout.iter().zip(values) {
+            let value = self.value(*value, item).to_le_bytes();
+            bytes[field.offset..field.offset + field.size].copy_from_slice(&value[..field.size]);
+        }
+    }
+
+    /// What became of an argument, field by field.
+    fn compare(&mut self, op: Op, item: u64, was: &[u8; 40], is: &[u8; 40]) {
+        let okay = op == Op::MapGrantRef && is[18..20] == [0, 0] && was[18..20] != [0, 0];
+        for field in fields(op) {
+            let (before, after) = (load(was, *field), load(is, *field));
+            let value = match (op, field.name) {
+                (Op::MapGrantRef, "handle") if okay => {
+                    if self.known < MOST_HANDLES {
+                        self.handles[self.known] = u32::try_from(after).unwrap_or(NO_HANDLE);
+                        self.known += 1;
+                    }
+                    u64::from(self.known < MOST_HANDLES)
+                }
+                (Op::MapGrantRef, "dev_bus_addr") if okay => self.name_addr(after),
+                _ if before == after => UNCHANGED,
+                _ => after,
+            };
+            self.see(field.name, item, value);
+        }
+        // What lies between the fields.
+        let mut between = 0;
+        for at in 0..40 {
+            let inside = |field: &Field| (field.offset..field.offset + field.size).contains(&at);
+            if !fields(op).iter().any(inside) {
+                between |= u64::from(was[at] ^ is[at]);
+            }
+        }
+        self.see("padding", item, between);
+    }
+
+    /// The list that setup_table and get_status_frames fill, at both ends of its area.
+    fn look_at_list(&mut self) {
+        for element in 0..AREA_END / 8 {
+            if element < LIST_SEEN || element >= AREA_END / 8 - LIST_SEEN {
+                let mut bytes = [0; 8];
+                self.world.peek(LIST, element * 8, &mut bytes);
+                let name = self.name(u64::from_le_bytes(bytes));
+                self.see("list", element, name);
+            }
+        }
+    }
+
+    fn look_at_pages(&mut self) {
+        let other = OTHER_PAGES..OTHER_PAGES + self.world.other_pages();
+        for page in (0..PAGES).chain(other) {
+            let mut digest = 0_u64;
+            for word in 0..512 {
+                digest = (digest ^ self.world.page_word(page, word))
+                    .wrapping_mul(0x0000_0100_0000_01B3)
+                    .rotate_left(23);
+            }
+            self.see("page", page, digest);
+        }
+    }
+
+    /// Everything that the caller can see between two steps.
+    fn look(&mut self) {
+        let version = self.world.version();
+        self.see("version", 0, u64::from(version));
+        let entry = if version == 2 { 16 } else { 8 };
+        let bytes = self.world.table_bytes(false);
+        self.see("table bytes", 0, bytes);
+        for gref in WATCHED.into_iter().map(u64::from) {
+            if (gref + 1) * entry > bytes {
+                continue;
+            }
+            let mut words = [0; 16];
+            self.world.table_load(
+                false,
+                gref * entry,
+                &mut words[..if version == 2 { 16 } else { 8 }],
+            );
+            let (head, frame) = if version == 2 {
+                let (head, frame) = words.split_at(8);
+                (word(head), word(frame))
+            } else {
+                (word(&words[..4]), word(&words[4..8]))
+            };
+            self.see("entry", gref, head);
+            let frame = self.name(frame);
+            self.see("frame of entry", gref, frame);
+            if version == 2 {
+                let status = self.world.status_load(gref).map_or(UNCHANGED, u64::from);
+                self.see("status word", gref, status);
+            }
+        }
+        let bytes = self.world.table_bytes(true);
+        for gref in WATCHED.into_iter().map(u64::from) {
+            if (gref + 1) * 8 > bytes {
+                break;
+            }
+            let mut words = [0; 8];
+            self.world.table_load(true, gref * 8, &mut words);
+            self.see("other's entry", gref, word(&words[..4]));
+            let frame = self.name(word(&words[4..]));
+            self.see("frame of other's entry", gref, frame);
+        }
+        for slot in 0..SLOTS {
+            let pte = self.world.pte(slot);
+            let seen = if pte & PRESENT == 0 {
+                0
+            } else {
+                (self.name((pte & PTE_FRAME) >> 12) << 12) | (pte & PTE_BITS)
+            };
+            self.see("slot", slot, seen);
+        }
+    }
+
+    // --- cleaning up ----------------------------------------------------------------------------
+
+    fn unmap(&mut self, items: &[(u64, u64, u32)], statuses: &mut [i16]) {
+        for (index, (host, dev, handle)) in (0_u64..).zip(items) {
+            let mut bytes = [0; 24];
+            bytes[..8].copy_from_slice(&host.to_le_bytes());
+            bytes[8..16].copy_from_slice(&dev.to_le_bytes());
+            bytes[16..20].copy_from_slice(&handle.to_le_bytes());
+            self.world.poke(1, index * 24, &bytes);
+        }
+        let (addr, count) = (self.world.area(1), items.len() as u64);
+        self.world.call(1, addr, count);
+        for (index, status) in (0_u64..).zip(&mut statuses[..items.len()]) {
+            let mut bytes = [0; 2];
+            self.world.peek(1, index * 24 + 20, &mut bytes);
+            *status = i16::from_le_bytes(bytes);
+        }
+    }
+
+    fn is_live(&mut self, handle: u32) -> bool {
+        let mut status = [0];
+        self.unmap(&[(0, 0, handle)], &mut status);
+        status == [0]
+    }
+
+    /// Ends every mapping that is left, says how many there were, and makes everything as it was.
+    fn clean_up(&mut self) -> bool {
+        let mut most = 0;
+        for handle in &self.handles[..self.known] {
+            most = most.max(*handle + 1);
+        }
+        let (mut live, mut left) = (0, 0);
+        if self.lost {
+            // Handles are dense: one that was not told is near those that were.
+            for handle in 0..(most + 512).next_multiple_of(256) {
+                if self.is_live(handle) {
+                    live += 1;
+                    left += u64::from(!self.end_mapping(handle));
+                }
+            }
+        } else {
+            for index in 0..self.known {
+                let handle = self.handles[index];
+                if !self.handles[..index].contains(&handle) && self.is_live(handle) {
+                    live += 1;
+                    left += u64::from(!self.end_mapping(handle));
+                }
+            }
+        }
+        self.see("live mappings at the end", 0, live);
+        self.see("mappings that could not be ended", 0, left);
+        for slot in 0..SLOTS {
+            self.world.set_pte(slot, None);
+        }
+        let mut result = 0;
+        if self.world.version() == 2 {
+            self.world.release_status();
+            self.world.poke(1, 0, &1_u32.to_le_bytes());
+            let addr = self.world.area(1);
+            result = self.world.call(8, addr, 1);
+            self.world.refresh();
+        }
+        self.see("back to version 1", 0, result.cast_unsigned());
+        for gref in WATCHED.into_iter().map(u64::from) {
+            for other in [false, true] {
+                if (gref + 1) * 8 <= self.world.table_bytes(other) {
+                    self.world.table_store(other, gref * 8, 8, 0);
+                }
+            }
+        }
+        if self.pages_changed {
+            let other = OTHER_PAGES..OTHER_PAGES + self.world.other_pages();
+            for page in (0..PAGES).chain(other) {
+                self.world.reset_page(page);
+            }
+        }
+        left == 0 && result == 0
+    }
+
+    /// Ends a mapping, wherever it is: its page-table entry is looked for, or made again.
+    fn end_mapping(&mut self, handle: u32) -> bool {
+        let mut statuses = [0; 32];
+        let mut items = [(0, 0, handle); 32];
+        for slot in 0..SLOTS {
+            let index = usize::try_from(slot).unwrap_or(0) * 2;
+            items[index].0 = self.world.slot(slot);
+            items[index + 1].0 = self.world.pte_addr(slot);
+        }
+        self.unmap(&items, &mut statuses);
+        if statuses.contains(&-4) {
+            return true;
+        }
+        let other = OTHER_PAGES..OTHER_PAGES + self.world.other_pages();
+        for page in (0..=SLOTS_TABLE)
+            .chain(other.clone())
+            .chain([crate::script::TABLE])
+        {
+            let Some(frame) = self.world.frame(page) else {
+                continue;
+            };
+            self.unmap(&[(0, frame << 12, handle)], &mut statuses);
+        }
+        if !self.is_live(handle) {
+            return true;
+        }
+        for page in (0..=SLOTS_TABLE).chain(other).chain([crate::script::TABLE]) {
+            for writable in [true, false] {
+                self.world.set_pte(0, None);
+                if self.world.set_pte(0, Some((page, writable))) {
+                    let items = [
+                        (self.world.slot(0), 0, handle),
+                        (self.world.pte_addr(0), 0, handle),
+                    ];
+                    self.unmap(&items, &mut statuses);
+                    if !self.is_live(handle) {
+                        return true;
+                    }
+                }
+            }
+        }
+        false
+    }
+}
+
+/// Says that a field is as it was.
+const UNCHANGED: u64 = 0xFFFF_FFFF_FFFF_FFFE;
+/// Most arguments that a call gives one by one.
+const MOST_ITEMS: usize = 16;
+/// Where an area of lists ends.
+const AREA_END: u64 = crate::script::AREA_PAGES * 4096;
+
+fn load(bytes: &[u8; 40], field: Field) -> u64 {
+    word(&bytes[field.offset..field.offset + field.size])
+}
+
+/// A little-endian number of up to 8 bytes.
+fn word(bytes: &[u8]) -> u64 {
+    let mut word = [0; 8];
+    word[..bytes.len()].copy_from_slice(bytes);
+    u64::from_le_bytes(word)
+}
+
+/// A word of what a page holds at the start.
+#[must_use]
+pub const fn pattern(page: u64, word: u64) -> u64 {
+    (page + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ word.wrapping_mul(0xD6E8_FEB8_6659_FD93)
+}
