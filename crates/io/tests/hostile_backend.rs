@@ -419,6 +419,30 @@ fn pvr7_pages_run_out_without_a_deadlock() {
     );
 }
 
+#[test]
+fn an_operation_that_failed_in_part_sends_no_more_and_ends_once() {
+    let config = FrontendConfig {
+        max_pages: 3,
+        ..FrontendConfig::new(Abi::X86_64)
+    };
+    let mut victim = Victim::with(config, PROPERTIES);
+    victim.submit(1, read(0, 80));
+    victim.submit(2, read(100, 8));
+    let first = victim.request(0).0.id();
+    victim.liar.respond(response(first, 0, -1));
+    let (done, broken) = victim.poll_all();
+    assert_eq!((done.len(), broken), (1, None));
+    assert_eq!((done[0].token, done[0].result), (1, Err(IoError::Failed)));
+    let (slot, request) = victim.request(1);
+    assert!(
+        matches!(request, Request::Direct(direct) if direct.sector == 100),
+        "the next operation's"
+    );
+    victim.liar.respond(response(slot.id(), 0, 0));
+    assert_eq!(victim.poll_all().0[0].result, Ok(()));
+    assert_eq!((victim.liar.req_prod(), victim.queue.in_flight()), (2, 0));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
 

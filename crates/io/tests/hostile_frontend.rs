@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex};
 
 use gnttab_abi::{Abi, GrantRef, GrantStatus};
 use gnttab_io::blkif::{
-    BackendConfig, BackendQueue, BadRequest, DiscardInfo, Disk as _, DiskError, DiskInfo, Failure, OneShot,
+    BackendConfig, BackendQueue, BadRequest, DiscardInfo, Disk, DiskError, DiskInfo, Failure, OneShot,
     RawResponse, RawSegment, Slot, response_size, slot_size,
 };
 use gnttab_io::fake::{Call, FakeDomain, FakeGrantee, FaultPoint, HostileFrontend, NullPort, RamDisk};
 use gnttab_io::grants::Access;
-use gnttab_io::shared::{HeapPages, Observer, SharedPages};
+use gnttab_io::shared::{HeapPages, Observer, SharedPages, SharedSlice, SharedSliceMut};
 use proptest::prelude::*;
 
 struct Victim {
@@ -573,6 +573,46 @@ fn pvr9_persistent_mappings_stay_below_their_limit_and_leave_when_unused() {
         (victim.queue.persistent_mappings(), victim.domain.mappings()),
         (0, 1)
     );
+}
+
+/// A disk whose driver has a bug.
+struct PanickingDisk;
+
+impl Disk for PanickingDisk {
+    fn info(&self) -> DiskInfo {
+        DiskInfo::new(64)
+    }
+
+    fn read(&self, _: u64, _: &[SharedSliceMut<'_>]) -> Result<(), DiskError> {
+        panic!("a bug in the disk")
+    }
+
+    fn write(&self, _: u64, _: &[SharedSlice<'_>]) -> Result<(), DiskError> {
+        panic!("a bug in the disk")
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
+
+    fn discard(&self, _: u64, _: u64, _: bool) -> Result<(), DiskError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn pvr6_a_panic_in_the_disk_leaks_no_mapping() {
+    let mut victim = Victim::new(BackendConfig::new(Abi::X86_64, false));
+    let (gref, _page) = victim.page();
+    victim.liar.send(&request(Abi::X86_64, 1, 0, &[(gref, 0, 7)]));
+    let domain = victim.domain.clone();
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        victim.queue.process(&PanickingDisk, &mut NullPort, 1).map(drop)
+    }));
+    assert!(panicked.is_err());
+    assert_eq!(domain.mappings(), 2);
+    drop(victim);
+    assert_eq!(domain.mappings(), 0);
 }
 
 #[test]

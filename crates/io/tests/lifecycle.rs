@@ -413,6 +413,27 @@ fn a_connection_with_fewer_queues_leaves_no_old_keys() {
 }
 
 #[test]
+fn persistent_grants_need_both_sides() {
+    let mut world = World::new(
+        1,
+        BackendLimits {
+            persistent: false,
+            ..limits(1, 0)
+        },
+    );
+    world.settle();
+    world.assert_connected();
+    (0..10).for_each(|_| world.write());
+    world.finish();
+    assert!(!world.frontend.device.properties().unwrap().persistent);
+    assert_eq!(
+        (world.domain.mappings(), world.domain.grants()),
+        (1, 1),
+        "the ring's and no other"
+    );
+}
+
+#[test]
 fn closing_is_agreed_upon_and_grants_end_after_the_backend_has_unmapped() {
     let mut world = World::new(2, limits(2, 1));
     world.settle();
