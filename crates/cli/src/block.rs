@@ -107,6 +107,9 @@ pub(crate) trait BlockDevice: Send {
     /// Adds what has been answered since the last call.
     fn completions(&mut self, into: &mut Vec<Completion>);
 
+    /// The event was readable: makes it unreadable until there is something new.
+    fn hush(&mut self);
+
     /// Readable when [`completions`](Self::completions) may have something new. `None`: everything is answered by the
     /// time [`kick`](Self::kick) returns.
     fn event(&self) -> Option<BorrowedFd<'_>>;

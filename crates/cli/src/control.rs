@@ -4,7 +4,6 @@
 //! socket is `NAME.control` in the user's [folder](crate::place), and goes with the machine.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,10 +12,11 @@ use std::time::Duration;
 
 use gnttab_abi::DomId;
 use gnttab_host::monitor::{DomainInfo, GrantInfo, MappingInfo, Monitor, MonitorError};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::bell::Bell;
 use crate::failure::Failure;
 use crate::nbd::listener::{ListenError, Listener};
 use crate::place;
@@ -69,14 +69,13 @@ pub(crate) struct Table {
 #[derive(Debug, Serialize, Deserialize)]
 struct Versioned<T> {
     version: u32,
-    #[serde(flatten)]
     content: T,
 }
 
 /// The control socket of a machine, open until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Control {
-    stop: Arc<OwnedFd>,
+    stop: Bell,
     thread: Option<JoinHandle<()>>,
     path: PathBuf,
 }
@@ -95,8 +94,8 @@ impl Control {
             }
         })?;
         let fail = |error: io::Error| Failure::new(format!("control socket {}: {error}", path.display()));
-        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| fail(errno.into()))?);
-        let stopped = Arc::clone(&stop);
+        let stop = Bell::new().map_err(fail)?;
+        let stopped = stop.clone();
         let serve = move || serve(&listener, &stopped, &monitor);
         let thread = thread::Builder::new()
             .name("control".to_owned())
@@ -117,8 +116,7 @@ impl Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
-        // It can only fail when the counter is full, and then the thread is being woken.
-        let _ = rustix::io::write(&*self.stop, &1_u64.to_ne_bytes());
+        self.stop.ring();
         if let Some(thread) = self.thread.take() {
             // A thread that panicked has said so itself.
             let _ = thread.join();
@@ -126,7 +124,7 @@ impl Drop for Control {
     }
 }
 
-fn serve(listener: &Listener, stop: &OwnedFd, monitor: &Monitor) {
+fn serve(listener: &Listener, stop: &Bell, monitor: &Monitor) {
     loop {
         let mut wait = [
             PollFd::new(stop, PollFlags::IN),

@@ -1,11 +1,13 @@
 //! `gnttab disk`: an image served from one domain to another, exported as NBD.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use gnttab_host::monitor::DomainInfo;
+use serde_json::{Value, json};
 
-use crate::args::Disk;
+use crate::args::{Disk, Switch};
 use crate::block::BlockDevice as _;
 use crate::failure::Failure;
 use crate::file::FileDevice;
@@ -14,10 +16,15 @@ use crate::live::{Rates, Stop};
 use crate::nbd::connection::Export;
 use crate::nbd::listener::{ListenError, Listener};
 use crate::nbd::server::{Server, Totals};
+use crate::roles::{News, Word};
+use crate::session::{DiskPlan, DomainPlan, Event, JobPlan, RingPlan, Session};
 use crate::{output, place};
 
 /// How often the rates are drawn.
 const INTERVAL: Duration = Duration::from_millis(500);
+
+/// How long the domains may take to connect.
+const READY: Duration = Duration::from_secs(20);
 
 /// Serves the image until told to stop.
 pub(crate) fn main(args: &Disk) -> Result<(), Failure> {
@@ -33,7 +40,107 @@ pub(crate) fn main(args: &Disk) -> Result<(), Failure> {
     if args.direct {
         serve_directly(args, &image, listener, &stop)
     } else {
-        Err(Failure::new("disk: domains are not there yet").next("try --direct"))
+        serve(args, image, listener, &stop)
+    }
+}
+
+/// A backend domain has the image, a frontend domain the clients.
+fn serve(args: &Disk, image: Image, listener: Listener, stop: &Stop) -> Result<(), Failure> {
+    let address = listener.to_string();
+    let about = About {
+        image: args.image.clone(),
+        size: image.size(),
+        read_only: image.is_read_only(),
+    };
+    let name = format!("disk-{}", std::process::id());
+    let domains = vec![DomainPlan::new("backend"), DomainPlan::new("frontend")];
+    let rings = RingPlan {
+        queues: args.rings.queues.into(),
+        order: args.rings.ring_order.into(),
+        persistent: args.rings.persistent == Switch::On,
+    };
+    let disk = DiskPlan {
+        image,
+        backend: 0,
+        frontend: 1,
+        rings,
+        job: JobPlan::Export(listener),
+    };
+    let mut session = Session::start(&name, domains, vec![disk])?;
+    let started = Instant::now();
+    let mut rates = Rates::new(args.json);
+    let mut totals = Sum::default();
+    let mut announced = false;
+    while !stop.asked_within(Duration::ZERO) {
+        match session.next_event(INTERVAL)? {
+            Some(Event::Word(Word {
+                news: News::Ready, ..
+            })) if !announced => {
+                announced = true;
+                announce(args, &about, &address, &session.infos());
+            }
+            Some(Event::Word(Word {
+                news: News::Totals(now),
+                ..
+            })) => {
+                rates.draw(totals.add(now));
+            }
+            Some(Event::Restarted { name, how }) => {
+                let domains: Vec<_> = session.infos().iter().map(brief).collect();
+                if args.json {
+                    let event =
+                        json!({ "event": "restarted", "domain": name, "how": how, "domains": domains });
+                    output::json("disk", event);
+                } else {
+                    output::say(&format!("domain {name} {how}; another has taken its place"));
+                }
+            }
+            _ => {}
+        }
+        if !announced && started.elapsed() > READY {
+            return Err(Failure::new(format!(
+                "disk {}: the domains did not connect",
+                about.image.display()
+            ))
+            .next("what they said is above"));
+        }
+    }
+    rates.clear();
+    session.stop(|word| {
+        if let News::Totals(now) = word.news {
+            totals.add(now);
+        }
+    })?;
+    sum_up(args, started.elapsed(), &totals.now());
+    Ok(())
+}
+
+/// What an image's file is, when the image has gone to its domain.
+struct About {
+    image: PathBuf,
+    size: u64,
+    read_only: bool,
+}
+
+/// Totals over several frontends, one after the other.
+#[derive(Debug, Default)]
+struct Sum {
+    before: Totals,
+    last: Totals,
+}
+
+impl Sum {
+    fn add(&mut self, now: Totals) -> Totals {
+        // Whoever has done less than was done before has begun anew.
+        if now.requests() < self.last.requests() {
+            self.before = self.now();
+        }
+        self.last = now;
+        self.now()
+    }
+
+    fn now(&self) -> Totals {
+        self.before.plus(&self.last)
     }
 }
 
@@ -50,7 +157,12 @@ fn serve_directly(args: &Disk, image: &Image, listener: Listener, stop: &Stop) -
         geometry: device().geometry(),
     };
     let server = Server::start(listener, export, devices).map_err(fail)?;
-    announce(args, image, &address);
+    let about = About {
+        image: args.image.clone(),
+        size: image.size(),
+        read_only: image.is_read_only(),
+    };
+    announce(args, &about, &address, &[]);
     let started = Instant::now();
     let mut rates = Rates::new(args.json);
     while !stop.asked_within(INTERVAL) {
@@ -81,22 +193,35 @@ fn listen(args: &Disk, image: &Image) -> Result<Listener, Failure> {
 }
 
 /// Says where the disk is to be had: the address alone is data.
-fn announce(args: &Disk, image: &Image, address: &str) {
+fn announce(args: &Disk, about: &About, address: &str, domains: &[DomainInfo]) {
     if args.json {
-        let (size, read_only) = (image.size(), image.is_read_only());
         let event = json!({
-            "event": "serving", "address": address, "image": args.image, "size": size, "read_only": read_only,
+            "event": "serving",
+            "address": address,
+            "image": about.image,
+            "size": about.size,
+            "read_only": about.read_only,
+            "domains": domains.iter().map(brief).collect::<Vec<_>>(),
         });
         output::json("disk", event);
     } else {
         output::line(address);
+        let read_only = if about.read_only { ", read-only" } else { "" };
         output::say(&format!(
-            "serving {} ({}{}); stop with Ctrl-C; try: qemu-img info '{address}'",
-            image.name(),
-            output::bytes(image.size()),
-            if image.is_read_only() { ", read-only" } else { "" },
+            "serving {} ({}{read_only}); stop with Ctrl-C; try: qemu-img info '{address}'",
+            about.image.display(),
+            output::bytes(about.size),
         ));
+        for domain in domains {
+            let pid = domain.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+            output::say(&format!("  d{} {}, process {pid}", domain.id, domain.name));
+        }
     }
+}
+
+/// What names a domain.
+fn brief(domain: &DomainInfo) -> Value {
+    json!({ "id": domain.id, "name": domain.name, "pid": domain.pid, "isolated": domain.isolated })
 }
 
 /// Says what was done.

@@ -99,6 +99,8 @@ impl BlockDevice for FileDevice {
         into.append(&mut self.done);
     }
 
+    fn hush(&mut self) {}
+
     fn event(&self) -> Option<BorrowedFd<'_>> {
         None
     }

@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 mod args;
+mod bell;
 mod block;
 mod control;
 mod demo;
@@ -21,7 +22,10 @@ mod nbd;
 mod output;
 mod place;
 mod queue_device;
+mod roles;
 mod run;
+mod session;
+mod store;
 #[expect(
     unsafe_code,
     reason = "addresses of memory that a peer may write go to the kernel as they are"
@@ -36,6 +40,9 @@ use crate::args::{Cli, Command};
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
+    if let Some(code) = gnttab_host::launch::domain_main(roles::ROLES) {
+        return code;
+    }
     let cli = Cli::parse();
     let name = cli.command.name();
     let json = cli.command.wants_json();

@@ -5,12 +5,16 @@
 //! backend; while it is not connected requests wait in it, and after a reconnect those that were not answered are sent
 //! again.
 
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gnttab_io::blkif::{self, FrontendQueue, Io, IoError};
 use gnttab_io::grants::{Granter, Notify};
+use rustix::event::{Timespec, epoll};
 
+use crate::bell::Bell;
 use crate::block::{BlockDevice, Completion, DeviceError, Geometry, Operation, Request};
 use crate::image::SECTOR;
 
@@ -26,32 +30,51 @@ pub(crate) trait Port: Notify + Send {
 /// A queue that its worker and whoever connects it share. The lock is free but for the moments of connecting.
 pub(crate) struct SharedQueue<G: Granter, N> {
     queue: Mutex<FrontendQueue<G, N>>,
-    /// Readable when the backend has sent an event on the current connection, or somebody wants the worker to look.
+    /// An epoll: readable when the backend has sent an event on the current connection. What is waited on through it can change
+    /// while the worker sleeps.
     event: OwnedFd,
-    /// Called when the backend breaks the protocol.
-    on_broken: Box<dyn Fn(blkif::DeviceBroken) + Send + Sync>,
+    /// How the backend broke the protocol, until whoever connects the queue has taken note.
+    broken: Mutex<Option<blkif::DeviceBroken>>,
+    /// Rung then.
+    bell: Bell,
 }
 
 impl<G: Granter, N: Notify> SharedQueue<G, N> {
-    pub(crate) fn new(
-        queue: FrontendQueue<G, N>,
-        event: OwnedFd,
-        on_broken: impl Fn(blkif::DeviceBroken) + Send + Sync + 'static,
-    ) -> Self {
-        SharedQueue {
+    pub(crate) fn new(queue: FrontendQueue<G, N>, bell: Bell) -> io::Result<Self> {
+        let event = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        Ok(SharedQueue {
             queue: Mutex::new(queue),
             event,
-            on_broken: Box::new(on_broken),
-        }
+            broken: Mutex::new(None),
+            bell,
+        })
+    }
+
+    /// Wakes the worker by this port too. It leaves by itself when it is closed.
+    pub(crate) fn watch(&self, port: impl AsFd) -> io::Result<()> {
+        // Edge by edge, so that a backend that has hung up wakes the worker once and not for ever.
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        Ok(epoll::add(
+            &self.event,
+            port,
+            epoll::EventData::new_u64(0),
+            flags,
+        )?)
+    }
+
+    /// How the backend broke the protocol, if it did since the last call.
+    pub(crate) fn take_broken(&self) -> Option<blkif::DeviceBroken> {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn set_broken(&self, broken: blkif::DeviceBroken) {
+        *self.broken.lock().unwrap_or_else(PoisonError::into_inner) = Some(broken);
+        self.bell.ring();
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, FrontendQueue<G, N>> {
         // Nothing that is done under the lock panics half-way.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn event(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
     }
 }
 
@@ -219,15 +242,12 @@ where
     fn completions(&mut self, into: &mut Vec<Completion>) {
         let shared = Arc::clone(&self.shared);
         let mut queue = shared.lock();
-        if let Some(port) = queue.port_mut() {
-            port.clear();
-        }
         loop {
             match queue.poll() {
                 Ok(Some(done)) => self.go_on(&mut queue, done),
                 Ok(None) => break,
                 Err(broken) => {
-                    (shared.on_broken)(broken);
+                    shared.set_broken(broken);
                     break;
                 }
             }
@@ -236,8 +256,17 @@ where
         into.append(&mut self.ready);
     }
 
+    fn hush(&mut self) {
+        let mut events = [MaybeUninit::uninit(); 4];
+        // It cannot fail but by an interruption, and then it is called again.
+        let _ = epoll::wait(&self.shared.event, &mut events, Some(&Timespec::default()));
+        if let Some(port) = self.shared.lock().port_mut() {
+            port.clear();
+        }
+    }
+
     fn event(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.shared.event())
+        Some(self.shared.event.as_fd())
     }
 }
 
@@ -280,8 +309,7 @@ mod tests {
                 persistent: true,
                 max_indirect: 256,
             });
-            let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
-            let shared = Arc::new(SharedQueue::new(front, event, |broken| panic!("{broken}")));
+            let shared = Arc::new(SharedQueue::new(front, Bell::new().unwrap()).unwrap());
             let geometry = Geometry {
                 size: SIZE,
                 block_size: 512,

@@ -30,6 +30,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc;
@@ -225,6 +226,8 @@ impl Starter {
         command
             .arg(LAUNCH)
             .env_clear()
+            // A terminal's Ctrl-C is for the monitor, which ends domains in order.
+            .process_group(0)
             .stdin(theirs.into_socket())
             .stdout(program.stdout)
             .stderr(program.stderr);
@@ -319,7 +322,6 @@ fn launched(roles: &[(&str, Role)]) -> Result<ExitCode, LaunchError> {
 impl Start {
     /// Replaces this process by another executable that finds the same start in its environment.
     fn execute(self, path: &std::path::Path) -> io::Error {
-        use std::os::unix::process::CommandExt;
         let socket = self.channel.into_socket();
         for descriptor in self.descriptors.values().chain([&socket]) {
             if let Err(errno) = rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::empty()) {

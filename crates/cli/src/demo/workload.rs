@@ -375,7 +375,8 @@ impl<D: BlockDevice> Run<'_, D> {
                     &mut [PollFd::from_borrowed_fd(event, PollFlags::IN)],
                     Some(&timeout),
                 ) {
-                    Ok(_) | Err(Errno::INTR) => {}
+                    Ok(_) => self.device.hush(),
+                    Err(Errno::INTR) => {}
                     Err(errno) => return Err(errno.into()),
                 }
             }
@@ -438,6 +439,7 @@ mod tests {
                 }
             }
         }
+        fn hush(&mut self) {}
         fn event(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
             None
         }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -105,6 +105,28 @@ impl Listener {
             .set_nonblocking(true)
             .map_err(|source| ListenError::Port { port, source })?;
         Ok(Listener::Tcp(socket))
+    }
+
+    /// One that another process opened, which also takes care of a Unix socket's file.
+    pub(crate) fn inherited(descriptor: OwnedFd, tcp: bool) -> Self {
+        if tcp {
+            Listener::Tcp(descriptor.into())
+        } else {
+            Listener::Unix {
+                socket: descriptor.into(),
+                path: None,
+            }
+        }
+    }
+
+    /// The same socket for another process, as [`inherited`](Self::inherited) takes it.
+    pub(crate) fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.as_fd().try_clone_to_owned()
+    }
+
+    /// Whether it is a TCP socket.
+    pub(crate) fn is_tcp(&self) -> bool {
+        matches!(self, Listener::Tcp(_))
     }
 
     /// The next client that waits, if any.

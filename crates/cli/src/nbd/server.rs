@@ -5,19 +5,20 @@
 //! to the disk and back no other thread is woken.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::connection::{Connection, Export};
 use super::listener::{Listener, Stream};
+use crate::bell::Bell;
 use crate::block::{BlockDevice, Completion, Operation};
 
 /// Clients at a time, over all queues; the next one is turned away by closing its connection.
@@ -64,6 +65,27 @@ pub(crate) struct Totals {
     pub(crate) errors: u64,
 }
 
+impl Totals {
+    /// Requests of all kinds, failed ones too.
+    pub(crate) fn requests(&self) -> u64 {
+        self.reads + self.writes + self.flushes + self.discards + self.errors
+    }
+
+    /// The sum; the clients are the other's.
+    pub(crate) fn plus(&self, other: &Totals) -> Totals {
+        Totals {
+            clients: other.clients,
+            reads: self.reads + other.reads,
+            writes: self.writes + other.writes,
+            flushes: self.flushes + other.flushes,
+            discards: self.discards + other.discards,
+            bytes_read: self.bytes_read + other.bytes_read,
+            bytes_written: self.bytes_written + other.bytes_written,
+            errors: self.errors + other.errors,
+        }
+    }
+}
+
 impl Counters {
     /// What they are now.
     pub(crate) fn totals(&self) -> Totals {
@@ -103,7 +125,7 @@ impl Counters {
 #[derive(Debug)]
 pub(crate) struct Server {
     counters: Arc<Counters>,
-    stop: Arc<OwnedFd>,
+    stop: Bell,
     acceptor: Option<JoinHandle<Listener>>,
 }
 
@@ -115,11 +137,11 @@ impl Server {
         devices: Vec<D>,
     ) -> io::Result<Self> {
         let counters = Arc::new(Counters::default());
-        let stop = Arc::new(bell()?);
+        let stop = Bell::new()?;
         let export = Arc::new(export);
         let mut workers = Vec::new();
         for (index, device) in devices.into_iter().enumerate() {
-            let bell = Arc::new(bell()?);
+            let bell = Bell::new()?;
             let (mail, mailbox) = mpsc::channel();
             let load = Arc::new(AtomicUsize::new(0));
             let worker = Worker {
@@ -127,7 +149,7 @@ impl Server {
                 export: Arc::clone(&export),
                 counters: Arc::clone(&counters),
                 load: Arc::clone(&load),
-                bell: Arc::clone(&bell),
+                bell: bell.clone(),
                 mailbox,
                 clients: Vec::new(),
                 next_id: 0,
@@ -146,7 +168,7 @@ impl Server {
             listener,
             workers,
             counters: Arc::clone(&counters),
-            stop: Arc::clone(&stop),
+            stop: stop.clone(),
         };
         let acceptor = thread::Builder::new()
             .name("accept".to_owned())
@@ -170,7 +192,7 @@ impl Server {
 
     fn shut_down(&mut self) {
         if let Some(acceptor) = self.acceptor.take() {
-            ring(&self.stop);
+            self.stop.ring();
             // A thread that panicked has said so itself.
             let _ = acceptor.join();
         }
@@ -183,25 +205,10 @@ impl Drop for Server {
     }
 }
 
-/// An eventfd that wakes a thread.
-fn bell() -> io::Result<OwnedFd> {
-    Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
-}
-
-fn ring(bell: &OwnedFd) {
-    // It can only fail when the counter is full, and then the thread is being woken.
-    let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
-}
-
-fn hush(bell: &OwnedFd) {
-    // It can only fail when nobody rang.
-    let _ = rustix::io::read(bell, &mut [0; 8]);
-}
-
 struct WorkerHandle {
     /// Dropped to end the worker.
     mail: Option<mpsc::Sender<Stream>>,
-    bell: Arc<OwnedFd>,
+    bell: Bell,
     /// How many clients it has.
     load: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
@@ -210,7 +217,7 @@ struct WorkerHandle {
 impl Drop for WorkerHandle {
     fn drop(&mut self) {
         self.mail = None;
-        ring(&self.bell);
+        self.bell.ring();
         if let Some(thread) = self.thread.take() {
             // A thread that panicked has said so itself.
             let _ = thread.join();
@@ -222,14 +229,14 @@ struct Acceptor {
     listener: Listener,
     workers: Vec<WorkerHandle>,
     counters: Arc<Counters>,
-    stop: Arc<OwnedFd>,
+    stop: Bell,
 }
 
 impl Acceptor {
     fn run(mut self) -> Listener {
         loop {
             let mut wait = [
-                PollFd::new(&*self.stop, PollFlags::IN),
+                PollFd::new(&self.stop, PollFlags::IN),
                 PollFd::new(&self.listener, PollFlags::IN),
             ];
             match poll(&mut wait, None) {
@@ -249,7 +256,7 @@ impl Acceptor {
         // All at once, so that they finish side by side; then each is waited for.
         for worker in &mut self.workers {
             worker.mail = None;
-            ring(&worker.bell);
+            worker.bell.ring();
         }
         self.workers.clear();
         self.listener
@@ -272,7 +279,7 @@ impl Acceptor {
             clients.fetch_sub(1, Ordering::Relaxed);
             worker.load.fetch_sub(1, Ordering::Relaxed);
         }
-        ring(&worker.bell);
+        worker.bell.ring();
     }
 }
 
@@ -289,7 +296,7 @@ struct Worker<D> {
     export: Arc<Export>,
     counters: Arc<Counters>,
     load: Arc<AtomicUsize>,
-    bell: Arc<OwnedFd>,
+    bell: Bell,
     mailbox: mpsc::Receiver<Stream>,
     clients: Vec<Client>,
     next_id: u32,
@@ -432,8 +439,13 @@ impl<D: BlockDevice> Worker<D> {
         }
         let rung = !wait[0].revents().is_empty();
         let ready: Vec<PollFlags> = wait[first_client..].iter().map(PollFd::revents).collect();
+        let woken = first_client == 2 && !wait[1].revents().is_empty();
+        drop(wait);
         if rung {
-            hush(&self.bell);
+            self.bell.hush();
+        }
+        if woken {
+            self.device.hush();
         }
         for (index, ready) in polled.into_iter().zip(ready) {
             let client = &mut self.clients[index];

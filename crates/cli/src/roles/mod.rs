@@ -1,0 +1,184 @@
+//! What domains run: functions of this executable, each in a process of its own that is confined before the function begins.
+//!
+//! A role gets its orders as one JSON argument and its files by name. It says what happens on standard output, one JSON
+//! object a line ([`Word`]), which only whoever started it reads; standard error is for the person.
+
+pub(crate) mod backend;
+pub(crate) mod frontend;
+
+use std::collections::HashMap;
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use gnttab_host::launch::{Role, Start};
+use gnttab_host::runtime::Domain;
+use gnttab_io::xenbus::{Store as _, Tx, XenbusState, read_state};
+use gnttab_xenstore::client::Client;
+use serde::{Deserialize, Serialize};
+
+use crate::bell::Bell;
+use crate::demo::workload::Outcome;
+use crate::nbd::server::Totals;
+use crate::store::StoreClient;
+use backend::Backend;
+use frontend::Frontend;
+
+/// By name, for [`domain_main`](gnttab_host::launch::domain_main).
+pub(crate) const ROLES: &[(&str, Role)] = &[(DISKS, |start| end(DISKS, disks(start)))];
+
+/// The role of a domain that serves disks, uses disks, or both.
+pub(crate) const DISKS: &str = "disks";
+
+/// How often a role looks around when nothing happens, and says what it has done.
+const INTERVAL: Duration = Duration::from_millis(500);
+
+/// What a domain with [`DISKS`] is to do.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Orders {
+    /// Disks that it serves.
+    pub(crate) backends: Vec<backend::Orders>,
+    /// Disks that it uses.
+    pub(crate) frontends: Vec<frontend::Orders>,
+}
+
+/// What a role says on its standard output, about one of the machine's disks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Word {
+    /// Which disk, as its orders number it.
+    pub(crate) disk: usize,
+    /// What about it.
+    pub(crate) news: News,
+}
+
+/// What happened to a disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum News {
+    /// It is being exported, or worked on.
+    Ready,
+    /// What was done with it so far.
+    Totals(Totals),
+    /// The demo's workload has begun a phase.
+    Phase(String),
+    /// The demo's workload is done.
+    Outcome(Box<Outcome>),
+    /// The demo's workload cannot go on.
+    Failed(String),
+}
+
+/// Says it. With nobody to hear it there is nothing to be done.
+fn say(disk: usize, news: News) {
+    let mut line = serde_json::to_vec(&Word { disk, news }).unwrap_or_default();
+    line.push(b'\n');
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(&line).and_then(|()| out.flush());
+}
+
+/// Why a role ended before its time.
+pub(crate) type RoleError = Box<dyn std::error::Error>;
+
+fn end(role: &str, outcome: Result<(), RoleError>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("gnttab: {role}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A process that has become a domain, and what all its drivers share.
+struct Joined {
+    domain: Arc<Domain>,
+    store: StoreClient,
+    descriptors: HashMap<String, OwnedFd>,
+    /// Rung when a thread of a driver wants the control loop to look.
+    bell: Bell,
+}
+
+impl Joined {
+    fn descriptor(&mut self, name: &str) -> Result<OwnedFd, RoleError> {
+        self.descriptors
+            .remove(name)
+            .ok_or_else(|| format!("no descriptor called {name}").into())
+    }
+
+    /// Waits for a change in the store, for the bell, or for a while; an error once the monitor has gone.
+    fn wait(&mut self) -> Result<(), RoleError> {
+        let hang_up = self.domain.hang_up();
+        self.store.wait(&[self.bell.as_fd(), hang_up.as_fd()], INTERVAL)?;
+        self.bell.hush();
+        if self.domain.is_connected() {
+            Ok(())
+        } else {
+            Err("the monitor has gone".into())
+        }
+    }
+
+    /// Whether the toolstack has made a device's directory, and nobody has used it yet.
+    fn is_new(&mut self, directory: &str) -> Result<bool, RoleError> {
+        Ok(read_state(&mut self.store, directory)? == XenbusState::Initialising)
+    }
+}
+
+/// What came of a step of a driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// Something was done, there may be more.
+    Moved,
+    /// Nothing until something happens.
+    Idle,
+    /// There is nothing to be done any more.
+    Over,
+}
+
+/// Serves and uses disks until asked to end, and all of them are given up.
+fn disks(start: Start) -> Result<(), RoleError> {
+    let orders: Orders = serde_json::from_str(start.arguments.first().ok_or("no orders")?)?;
+    let domain = Domain::join(start.channel)?;
+    let connection = domain.take_store().ok_or("no connection to the store")?;
+    let shutdown = shutdown_node(domain.id().0);
+    let mut joined = Joined {
+        domain,
+        store: StoreClient::new(Client::new(connection)),
+        descriptors: start.descriptors,
+        bell: Bell::new()?,
+    };
+    joined.store.watch(&shutdown)?;
+    let mut backends = Backend::all(&mut joined, orders.backends)?;
+    let mut frontends = Frontend::all(&mut joined, orders.frontends)?;
+    loop {
+        let leave = joined
+            .store
+            .read(Tx::NONE, &shutdown)?
+            .is_some_and(|value| !value.is_empty());
+        let mut steps = Vec::new();
+        for frontend in &mut frontends {
+            if leave {
+                frontend.leave(&mut joined)?;
+            }
+            steps.push(frontend.step(&mut joined)?);
+        }
+        for backend in &mut backends {
+            steps.push(backend.step(&mut joined, leave)?);
+        }
+        if steps.iter().all(|step| *step == Step::Over) {
+            return Ok(());
+        }
+        if !steps.contains(&Step::Moved) {
+            joined.wait()?;
+        }
+    }
+}
+
+/// The node by which a domain is asked to end, as toolstacks do.
+pub(crate) fn shutdown_node(domain: u16) -> String {
+    format!("/local/domain/{domain}/control/shutdown")
+}
+
+fn state_node(directory: &str) -> String {
+    format!("{directory}/state")
+}

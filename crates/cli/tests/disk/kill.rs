@@ -1,0 +1,132 @@
+//! `kill -9` of each process in mid-write: what was acknowledged before a flush is in the image.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use super::client::{Client, pattern};
+use super::served::{Served, kill};
+
+const SIZE: u64 = 16 << 20;
+const BLOCK: u64 = 64 << 10;
+
+/// Writes round after round until the connection breaks or `stop`; what every place must hold: the last content whose write
+/// was acknowledged before a flush, or one that was written later.
+fn write_until_it_breaks(mut client: Client, stop: &AtomicBool) -> BTreeMap<u64, Vec<u64>> {
+    // By place: the flushed seed, then all seeds sent since.
+    let mut possible: BTreeMap<u64, Vec<u64>> = (0..SIZE / BLOCK).map(|n| (n * BLOCK, vec![0])).collect();
+    for round in 1.. {
+        let seed = |offset: u64| round * 1000 + offset / BLOCK;
+        let writes: Vec<(u64, Vec<u8>)> = (0..16)
+            .map(|n| (round * 7 + n) % (SIZE / BLOCK) * BLOCK)
+            .map(|offset| (offset, pattern(seed(offset), 64 << 10)))
+            .collect();
+        for (offset, _) in &writes {
+            possible.entry(*offset).or_default().push(seed(*offset));
+        }
+        let (acknowledged, outcome) = client.write_all(&writes);
+        if outcome.is_err() || client.flush().is_err() {
+            return possible;
+        }
+        for offset in acknowledged {
+            possible.insert(offset, vec![seed(offset)]);
+        }
+        if stop.load(Ordering::Relaxed) {
+            return possible;
+        }
+    }
+    possible
+}
+
+fn check(image: &[u8], possible: &BTreeMap<u64, Vec<u64>>) {
+    let mut flushed = 0;
+    for (offset, seeds) in possible {
+        let content = &image[usize::try_from(*offset).unwrap()..][..64 << 10];
+        // Seed 0 is the image as it was: not touched by anything that was flushed. A write that was under way when the
+        // process died may have been done in part, so a place with several seeds must hold only pages of those.
+        let contents: Vec<Vec<u8>> = seeds
+            .iter()
+            .map(|seed| {
+                if *seed == 0 {
+                    vec![0; 64 << 10]
+                } else {
+                    pattern(*seed, 64 << 10)
+                }
+            })
+            .collect();
+        for at in (0..64 << 10).step_by(512) {
+            let sector = &content[at..at + 512];
+            assert!(
+                contents.iter().any(|content| content[at..at + 512] == *sector),
+                "lost: {offset:#x}+{at:#x}"
+            );
+        }
+        flushed += usize::from(seeds.len() == 1 && seeds[0] != 0);
+    }
+    assert!(
+        flushed > 16,
+        "the test wrote too little to say anything: {flushed}"
+    );
+}
+
+fn kill_in_mid_write(victim: impl FnOnce(&Served) -> i32) -> (Served, BTreeMap<u64, Vec<u64>>) {
+    let served = Served::new(&[], |path| {
+        std::fs::File::create(path).unwrap().set_len(SIZE).unwrap();
+    });
+    let client = Client::connect(&served.socket()).unwrap();
+    let stop = AtomicBool::new(false);
+    let possible = thread::scope(|scope| {
+        let writer = scope.spawn(|| write_until_it_breaks(client, &stop));
+        thread::sleep(Duration::from_millis(400));
+        kill(victim(&served), "KILL");
+        thread::sleep(Duration::from_millis(600));
+        stop.store(true, Ordering::Relaxed);
+        writer.join().unwrap()
+    });
+    (served, possible)
+}
+
+#[test]
+fn killing_the_backend_loses_nothing_and_another_takes_over() {
+    let (mut served, possible) = kill_in_mid_write(|served| served.pid("backend"));
+    let event = served.event();
+    assert_eq!(event["event"], "restarted", "{event}");
+    check(&std::fs::read(served.image()).unwrap(), &possible);
+    // The client that was connected all the time saw no error, and a new one is served as well.
+    let mut client = Client::connect(&served.socket()).unwrap();
+    let (acknowledged, _) = client.write_all(&[(0, pattern(9, 4096))]);
+    assert_eq!(acknowledged, [0]);
+    assert!(client.read(0, 4096).unwrap() == pattern(9, 4096));
+    let (status, stopped) = served.stop();
+    assert!(status.success());
+    assert_eq!(stopped["totals"]["errors"], 0);
+}
+
+#[test]
+fn killing_the_frontend_loses_nothing_and_another_takes_over() {
+    let (mut served, possible) = kill_in_mid_write(|served| served.pid("frontend"));
+    check(&std::fs::read(served.image()).unwrap(), &possible);
+    let event = served.event();
+    assert_eq!(event["event"], "restarted", "{event}");
+    let mut client = Client::connect(&served.socket()).unwrap();
+    client.read(0, 4096).unwrap();
+    assert!(served.stop().0.success());
+}
+
+#[test]
+fn killing_the_monitor_loses_nothing_and_ends_every_domain() {
+    let (mut served, possible) = kill_in_mid_write(Served::monitor);
+    served.wait();
+    check(&std::fs::read(served.image()).unwrap(), &possible);
+    for name in ["backend", "frontend"] {
+        let process = format!("/proc/{}", served.pid(name));
+        for _ in 0..200 {
+            if !std::path::Path::new(&process).exists() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert!(!std::path::Path::new(&process).exists(), "{name} is left");
+    }
+}
