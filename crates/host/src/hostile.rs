@@ -4,9 +4,11 @@
 //! what the kernel or the monitor answered, or [`Outcome::Succeeded`]. The same attempts run without
 //! confinement succeed for the most part, which the tests use to show that they can.
 //!
-//! [`attack_kernel`] needs nothing but a victim's process number, [`attack_page`] a page that
-//! another domain granted read-only. Attempts on grants themselves are in
-//! `attack_grants`, which needs a domain.
+//! [`attack_kernel`] needs nothing but a victim's process number, [`attack_page`] a page that another domain
+//! granted for reading. [`attack_grants`], [`attack_granted`] and [`attack_store`] go by the monitor and the
+//! store, and need a domain.
+
+mod grants;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -15,6 +17,8 @@ use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::sys::{Channel, Window, attack};
+
+pub use grants::{KeptPage, attack_granted, attack_grants, attack_store};
 
 /// What came of an attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -18,7 +18,8 @@
 //! What must always hold:
 //! 1. A domain's death, at any instant and by any cause, ends in this order: no call of it is served any
 //!    more, its process is dead, its mappings are released, its ends of event channels closed, the store
-//!    told, its memory given up. Whoever is told can then end every grant that the dead one had mapped.
+//!    told, its memory given up. Whoever is told (by a hang-up, by the store) can then end every grant that
+//!    the dead one had mapped.
 //! 2. Nothing a domain does stalls the monitor: descriptors are sent without waiting, calls are served on
 //!    a thread of the calling vCPU's own, and no lock is held while waiting for a domain.
 //! 3. Dropping the monitor ends every domain.
@@ -198,6 +199,9 @@ pub enum MonitorError {
         /// Why.
         source: ChannelError,
     },
+    /// Not the number of a domain that can be made.
+    #[error("{0} cannot be the number of a domain: those are 1 to 32751")]
+    BadNumber(DomId),
     /// There is a domain of that number, or it is on its way.
     #[error("there is a domain {0} already")]
     Exists(DomId),

@@ -1,18 +1,19 @@
 //! Domains that are processes, on a machine that is this process: sharing, ending, dying.
 //!
 //! This executable is the monitor, the launcher and the domains, so it has a `main` of its own. It passes as
-//! root and as any user. `GNTTAB_ROUNDS=1000` makes the leak test as long as it was meant to be.
+//! root and as any user. `GNTTAB_ROUNDS=1000` makes the leak test as long as it is meant to be.
 
 #[path = "machine/roles.rs"]
 mod roles;
 
 use std::io::Read;
 use std::process::{ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gnttab_abi::DomId;
+use gnttab_host::hostile::Attempt;
 use gnttab_host::launch::{self, Program};
-use gnttab_host::monitor::{DomainSpec, Ended, Monitor, Settings};
+use gnttab_host::monitor::{Counters, DomainSpec, Ended, Monitor, MonitorError, Settings};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// Tests by the name of their function.
@@ -24,8 +25,26 @@ fn main() -> ExitCode {
     if let Some(code) = launch::domain_main(roles::ROLES) {
         return code;
     }
-    let trials = trials![a_page_is_granted_mapped_written_ended_and_renewed,];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+    let trials = trials![
+        a_page_is_granted_mapped_written_ended_and_renewed,
+        a_hostile_domain_gets_nothing,
+        a_part_of_a_page_is_copied_through_a_version_2_table,
+        a_block_device_works_across_two_processes_with_persistent_grants,
+        a_block_device_works_across_two_processes_with_grants_of_one_use,
+        a_peer_that_dies_gives_the_page_back,
+        a_granter_that_dies_leaves_the_mapping_to_its_peer,
+        whoever_misbehaves_is_ended,
+        a_glutton_meets_its_limits_and_no_one_else_does,
+        what_is_asked_wrongly_is_refused_and_leaves_nothing,
+        nothing_is_leaked_when_domains_are_killed_at_any_instant,
+        dropping_the_monitor_ends_every_domain,
+    ];
+    // One after the other: some count the descriptors of this process.
+    let arguments = Arguments {
+        test_threads: Some(1),
+        ..Arguments::from_args()
+    };
+    libtest_mimic::run(&arguments, trials).exit_code()
 }
 
 /// How long a domain of these tests may take.
@@ -90,5 +109,293 @@ fn a_page_is_granted_mapped_written_ended_and_renewed() -> Result<(), Failed> {
     let grantee = machine.start("grantee", &["1"])?;
     assert_eq!(machine.finish(grantee)?.trim(), "saw hello, wrote world");
     assert_eq!(machine.finish(granter)?.trim(), "saw world, got the page back");
+    Ok(())
+}
+
+fn a_hostile_domain_gets_nothing() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let victim = machine.start("victim", &["2"])?;
+    let pid = machine
+        .monitor
+        .domain(victim.id)?
+        .pid
+        .ok_or("no process")?
+        .to_string();
+    let hostile = machine.start("hostile", &["1", &pid, &std::process::id().to_string()])?;
+    let report = machine.finish(hostile)?;
+    assert_eq!(machine.finish(victim)?.trim(), "kept the secret");
+    let attempts: Vec<Attempt> = serde_json::from_str(&report)?;
+    assert!(attempts.len() > 100, "{} attempts only", attempts.len());
+    let let_in: Vec<String> = attempts
+        .iter()
+        .filter(|attempt| !attempt.is_refused())
+        .map(ToString::to_string)
+        .collect();
+    if let_in.is_empty() {
+        Ok(())
+    } else {
+        Err(let_in.join("\n").into())
+    }
+}
+
+fn a_part_of_a_page_is_copied_through_a_version_2_table() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let granter = machine.start("copier", &["2", "granter"])?;
+    let copier = machine.start("copier", &["1"])?;
+    assert_eq!(machine.finish(copier)?.trim(), "saw only this");
+    assert_eq!(machine.finish(granter)?.trim(), "gave a part");
+    Ok(())
+}
+
+fn block_device(persistent: &str) -> Result<String, Failed> {
+    let machine = Machine::new()?;
+    let front = machine.start("block front", &["2", persistent])?;
+    let back = machine.start("block back", &["1", persistent])?;
+    assert_eq!(machine.finish(front)?.trim(), "every byte came back");
+    machine.finish(back)
+}
+
+fn a_block_device_works_across_two_processes_with_persistent_grants() -> Result<(), Failed> {
+    assert_ne!(block_device("persistent")?.trim(), "0 persistent mappings");
+    Ok(())
+}
+
+fn a_block_device_works_across_two_processes_with_grants_of_one_use() -> Result<(), Failed> {
+    assert_eq!(block_device("one use")?.trim(), "0 persistent mappings");
+    Ok(())
+}
+
+/// Waits until an observer sees that it is so.
+fn until(what: &str, so: impl Fn() -> Result<bool, Failed>) -> Result<(), Failed> {
+    let start = Instant::now();
+    while !so()? {
+        if start.elapsed() > PATIENCE {
+            return Err(format!("waited in vain until {what}").into());
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+fn a_peer_that_dies_gives_the_page_back() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let granter = machine.start("granter", &["2"])?;
+    let keeper = machine.start("keeper", &["1"])?;
+    until("the page is mapped", || {
+        Ok(machine.monitor.domain(granter.id)?.in_use == 1)
+    })?;
+    let mappings = machine.monitor.mappings(keeper.id)?;
+    assert_eq!(
+        (mappings.len(), mappings[0].granter, mappings[0].readonly),
+        (1, 1, false)
+    );
+    let grants = machine.monitor.grants(granter.id)?;
+    assert_eq!(
+        (grants.len(), grants[0].user, grants[0].pins),
+        (1, Some(2), [1, 0, 0, 0])
+    );
+    assert!(machine.monitor.dump(granter.id)?.contains("d1: version 1"));
+    machine.monitor.destroy(keeper.id)?;
+    assert_eq!(machine.finish(granter)?.trim(), "saw hello, got the page back");
+    Ok(())
+}
+
+fn a_granter_that_dies_leaves_the_mapping_to_its_peer() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let granter = machine.start("granter", &["2"])?;
+    let keeper = machine.start("keeper", &["1"])?;
+    until("the page is mapped", || {
+        Ok(machine.monitor.domain(granter.id)?.in_use == 1)
+    })?;
+    machine.monitor.destroy(granter.id)?;
+    // The number, the table and the memory stay until the peer lets go.
+    let counters = machine.monitor.counters();
+    assert_eq!(
+        (
+            counters.running,
+            counters.dying,
+            counters.memories,
+            counters.page_references
+        ),
+        (1, 1, 2, 1)
+    );
+    assert_eq!(machine.monitor.mappings(keeper.id)?.len(), 1);
+    machine.monitor.destroy(keeper.id)?;
+    let counters = machine.monitor.counters();
+    assert_eq!(
+        (
+            counters.running,
+            counters.dying,
+            counters.memories,
+            counters.page_references
+        ),
+        (0, 0, 0, 0)
+    );
+    Ok(())
+}
+
+fn whoever_misbehaves_is_ended() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let bystander = machine.start("sleep", &[])?;
+    let silent = machine.start("silent", &[])?;
+    let garbage = machine.start("garbage", &[])?;
+    let ended = machine
+        .monitor
+        .wait_for(garbage.id, PATIENCE)?
+        .ok_or("garbage was accepted")?;
+    assert_eq!(ended.crashed, Some("wrote garbage into its hypercall area"));
+    let ended = machine
+        .monitor
+        .wait_for(silent.id, PATIENCE)?
+        .ok_or("silence was accepted")?;
+    assert!(!ended.status.ok_or("no status")?.success());
+    assert!(
+        machine.monitor.wait_for(bystander.id, Duration::ZERO)?.is_none(),
+        "others live on"
+    );
+    Ok(())
+}
+
+fn a_glutton_meets_its_limits_and_no_one_else_does() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let (mut spec, output) = Machine::spec("glutton", &["2"])?;
+    spec.shareable_pages = 640;
+    let glutton = Domain {
+        id: machine.monitor.create(spec)?,
+        output,
+    };
+    let granter = machine.start("granter", &["3"])?;
+    let grantee = machine.start("grantee", &["2"])?;
+    assert_eq!(
+        machine.finish(glutton)?.trim(),
+        "640 pages, 512 ports, 32760 references"
+    );
+    assert_eq!(machine.finish(grantee)?.trim(), "saw hello, wrote world");
+    machine.finish(granter)?;
+    Ok(())
+}
+
+fn what_is_asked_wrongly_is_refused_and_leaves_nothing() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let before = machine.monitor.counters();
+    let create = |change: fn(&mut DomainSpec)| {
+        let (mut spec, _) = Machine::spec("sleep", &[]).ok()?;
+        change(&mut spec);
+        machine.monitor.create(spec).err()
+    };
+    assert!(matches!(
+        create(|spec| spec.ram_pages = 0),
+        Some(MonitorError::RamPages { .. })
+    ));
+    assert!(matches!(
+        create(|spec| spec.ram_pages = u32::MAX),
+        Some(MonitorError::RamPages { .. })
+    ));
+    assert!(matches!(
+        create(|spec| spec.id = Some(DomId(0))),
+        Some(MonitorError::BadNumber(_))
+    ));
+    assert!(matches!(
+        create(|spec| spec.id = Some(DomId::SELF)),
+        Some(MonitorError::BadNumber(_))
+    ));
+    assert!(matches!(
+        create(|spec| spec.limits.vcpus = 0),
+        Some(MonitorError::Create { .. })
+    ));
+    assert!(matches!(
+        create(|spec| spec.limits.vcpus = 1000),
+        Some(MonitorError::TooManyVcpus { .. })
+    ));
+    assert!(matches!(
+        create(|spec| spec.limits.grant_frames = Some(0)),
+        Some(MonitorError::Create { .. })
+    ));
+    assert!(matches!(
+        create(|spec| spec.program = Program::role("no such role")),
+        Some(MonitorError::Launch { .. })
+    ));
+    for gone in [DomId(9), DomId(0), DomId::SELF] {
+        assert!(matches!(
+            machine.monitor.domain(gone),
+            Err(MonitorError::NoDomain(_))
+        ));
+        assert!(matches!(
+            machine.monitor.destroy(gone),
+            Err(MonitorError::NoDomain(_))
+        ));
+        assert!(matches!(
+            machine.monitor.dump(gone),
+            Err(MonitorError::NoDomain(_))
+        ));
+    }
+    assert_eq!(machine.monitor.counters(), before);
+    let domain = machine.start("sleep", &[])?;
+    let (mut spec, _) = Machine::spec("sleep", &[])?;
+    spec.id = Some(domain.id);
+    assert!(matches!(
+        machine.monitor.create(spec),
+        Err(MonitorError::Exists(_))
+    ));
+    Ok(())
+}
+
+/// Two domains that grant, map, copy and end as fast as they can are killed, one or both, after a time
+/// that is another in each round.
+fn nothing_is_leaked_when_domains_are_killed_at_any_instant() -> Result<(), Failed> {
+    let rounds = std::env::var("GNTTAB_ROUNDS")
+        .ok()
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(100_u64);
+    let machine = Machine::new()?;
+    let mut baseline: Option<Counters> = None;
+    let mut in_the_middle = 0;
+    for round in 0..rounds {
+        let busy = |role, id: u16, peer: &str| -> Result<DomId, Failed> {
+            let (mut spec, _) = Machine::spec(role, &[peer])?;
+            spec.id = Some(DomId(id));
+            spec.program.stderr = Stdio::null();
+            Ok(machine.monitor.create(spec)?)
+        };
+        let granter = busy("busy granter", 1, "2")?;
+        let grantee = busy("busy grantee", 2, "1")?;
+        std::thread::sleep(Duration::from_micros(round * 7919 % 15_000));
+        in_the_middle += u64::from(!machine.monitor.domain(grantee)?.maps.is_empty());
+        let (first, second) = if round % 2 == 0 {
+            (granter, grantee)
+        } else {
+            (grantee, granter)
+        };
+        machine.monitor.destroy(first)?;
+        std::thread::sleep(Duration::from_micros(round * 104_729 % 3_000));
+        machine.monitor.destroy(second)?;
+        let now = machine.monitor.counters();
+        let baseline = baseline.get_or_insert(now);
+        assert_eq!(
+            (now.memories, now.page_references, now.dying),
+            (0, 0, 0),
+            "round {round}"
+        );
+        assert_eq!(now, *baseline, "round {round}");
+    }
+    // Otherwise nothing was shown.
+    assert!(
+        in_the_middle > rounds / 4,
+        "pages were mapped in {in_the_middle} of {rounds} rounds only"
+    );
+    Ok(())
+}
+
+fn dropping_the_monitor_ends_every_domain() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let domains = [
+        machine.start("sleep", &[])?,
+        machine.start("busy granter", &["1"])?,
+    ];
+    drop(machine);
+    for mut domain in domains {
+        // The end of its output is the end of its process.
+        domain.output.read_to_string(&mut String::new())?;
+    }
     Ok(())
 }

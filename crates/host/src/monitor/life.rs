@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use gnttab_abi::DomId;
-use gnttab_engine::{Domain, DomainKind, Release, Vcpu};
+use gnttab_engine::{Domain, DomainKind, MAX_GRANT_FRAMES, Release, Vcpu};
 use gnttab_xenstore::DomId as StoreDomId;
 use gnttab_xenstore::client::Nodes;
 use gnttab_xenstore::perms::{Access as StoreAccess, Perms};
@@ -80,6 +80,8 @@ impl Shared {
             return Err(MonitorError::Stopping);
         }
         let id = match spec.id {
+            // The store takes domain 0 for the control domain, which is the monitor's own part.
+            Some(id) if id.0 == 0 || !id.is_ordinary() => return Err(MonitorError::BadNumber(id)),
             Some(id) if state.exists(id) => return Err(MonitorError::Exists(id)),
             Some(id) => id,
             None => state.free_id(self).ok_or(MonitorError::NoNumber)?,
@@ -194,7 +196,9 @@ impl Shared {
             .limits
             .grant_frames
             .unwrap_or(self.settings.engine.max_grant_frames);
-        let tables = Arc::new(Tables::new(max_frames).map_err(no_memory)?);
+        // The engine says what is wrong with a limit that is none.
+        let tables = Tables::new(max_frames.clamp(1, MAX_GRANT_FRAMES)).map_err(no_memory)?;
+        let tables = Arc::new(tables);
         let (store, store_end) = UnixStream::pair().map_err(MonitorError::io("the store's connection"))?;
         let hello = Hello {
             domain: id,
@@ -333,12 +337,9 @@ impl Shared {
         }
         state.busy.remove(&id);
         state.running.insert(id, running);
-        let stopping = state.stopping;
         drop(state);
-        if stopping {
-            // The undertaker may have looked already.
-            let _ = self.doorbell.send();
-        }
+        // The undertaker may have looked before there was anything to see: a crash, a stop.
+        let _ = self.doorbell.send();
         Ok(id)
     }
 

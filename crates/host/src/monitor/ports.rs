@@ -1,10 +1,13 @@
 //! Event channels: who may take the other end of which.
 //!
 //! A domain makes a port for another domain and gets its own end at once; the monitor keeps the other end
-//! until that domain asks for it. From then on the two are by themselves: the monitor holds no end, and
-//! each sees the other's death as a hang-up.
+//! until that domain asks for it. From then on the two are by themselves, but for one thing: of each
+//! domain's sending half the monitor holds a copy until the port is closed, by the domain or in its burial.
+//! So a peer sees a hang-up not when the process dies but when everything that it had mapped was released,
+//! and can then end all its grants.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use gnttab_abi::{DomId, Errno};
@@ -12,22 +15,36 @@ use gnttab_abi::{DomId, Errno};
 use crate::sys::EventPort;
 
 /// Ports that one domain may have.
-const MOST_PORTS: usize = 1024;
+const MOST_PORTS: usize = 512;
 
 /// The ports of one domain.
 #[derive(Debug, Default)]
-pub(crate) struct Ports(Mutex<BTreeMap<u32, Port>>);
+pub(crate) struct Ports(Mutex<List>);
+
+#[derive(Debug, Default)]
+struct List {
+    ports: BTreeMap<u32, Port>,
+    /// Its domain is dead.
+    closed: bool,
+}
 
 #[derive(Debug)]
 enum Port {
     /// Made for a domain that has not taken it: the end that is meant for it.
-    Waiting(DomId, EventPort),
-    /// Connected; the descriptors are with the domains.
-    Connected(DomId, u32),
+    Waiting(DomId, EventPort, Sending),
+    /// Connected with the domain's port.
+    Connected(
+        DomId,
+        u32,
+        #[expect(dead_code, reason = "open is all that it has to be")] Sending,
+    ),
 }
 
+/// A copy of what the port's domain sends through: the peer sees a hang-up when this too is closed.
+type Sending = OwnedFd;
+
 impl Ports {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Port>> {
+    fn lock(&self) -> MutexGuard<'_, List> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -37,21 +54,22 @@ impl Ports {
         peer: DomId,
         send: impl FnOnce(u32, &EventPort) -> Result<(), Errno>,
     ) -> Result<u32, Errno> {
-        let mut ports = self.lock();
-        let number = free_number(&ports)?;
+        let mut list = self.lock();
+        let number = free_number(&list)?;
         let (own, other) = EventPort::pair().map_err(|_| Errno::NoMem)?;
         send(number, &own)?;
-        ports.insert(number, Port::Waiting(peer, other));
+        list.ports
+            .insert(number, Port::Waiting(peer, other, own.into_sending()));
         Ok(number)
     }
 
-    /// The end of port `number` that waits for `caller`.
-    fn take_waiting(&self, number: u32, caller: DomId) -> Result<EventPort, Errno> {
-        let mut ports = self.lock();
-        match ports.remove(&number) {
-            Some(Port::Waiting(peer, end)) if peer == caller => Ok(end),
+    /// What port `number` keeps for `caller`, taken out of the list.
+    fn take_waiting(&self, number: u32, caller: DomId) -> Result<(EventPort, Sending), Errno> {
+        let mut list = self.lock();
+        match list.ports.remove(&number) {
+            Some(Port::Waiting(peer, end, sending)) if peer == caller => Ok((end, sending)),
             Some(other) => {
-                ports.insert(number, other);
+                list.ports.insert(number, other);
                 Err(Errno::Inval)
             }
             None => Err(Errno::Inval),
@@ -67,46 +85,59 @@ impl Ports {
         send: impl FnOnce(u32, &EventPort) -> Result<(), Errno>,
     ) -> Result<u32, Errno> {
         // One lock at a time: two domains may bind to each other at once.
-        let end = peers.take_waiting(remote, caller)?;
-        let bound = {
-            let mut ports = self.lock();
-            free_number(&ports).and_then(|number| {
-                send(number, &end)?;
-                ports.insert(number, Port::Connected(peer, remote));
-                Ok(number)
-            })
+        let (end, sending) = peers.take_waiting(remote, caller)?;
+        let mut list = self.lock();
+        let sent = free_number(&list).and_then(|number| send(number, &end).map(|()| number));
+        let port = match sent {
+            Ok(number) => {
+                list.ports
+                    .insert(number, Port::Connected(peer, remote, end.into_sending()));
+                Port::Connected(caller, number, sending)
+            }
+            Err(_) => Port::Waiting(caller, end, sending),
         };
-        let port = match bound {
-            Ok(number) => Port::Connected(caller, number),
-            Err(_) => Port::Waiting(caller, end),
-        };
-        peers.lock().insert(remote, port);
-        bound
+        drop(list);
+        peers.put_back(remote, port);
+        sent
+    }
+
+    /// Enters a port that was taken out, unless all were given up meanwhile.
+    fn put_back(&self, number: u32, port: Port) {
+        let mut list = self.lock();
+        if !list.closed {
+            list.ports.insert(number, port);
+        }
     }
 
     /// Gives a port up.
     pub(crate) fn close(&self, number: u32) -> Result<(), Errno> {
-        self.lock().remove(&number).map(drop).ok_or(Errno::Inval)
+        self.lock().ports.remove(&number).map(drop).ok_or(Errno::Inval)
     }
 
     /// Gives all ports up.
     pub(crate) fn close_all(&self) {
-        self.lock().clear();
+        let ports = {
+            let mut list = self.lock();
+            list.closed = true;
+            std::mem::take(&mut list.ports)
+        };
+        // Outside the lock: this closes.
+        drop(ports);
     }
 
     /// Ports by number: the peer, and its port if it has taken the other end.
     pub(crate) fn view(&self) -> Vec<(u32, DomId, Option<u32>)> {
-        let ports = self.lock();
-        let view = ports.iter().map(|(number, port)| match port {
-            Port::Waiting(peer, _) => (*number, *peer, None),
-            Port::Connected(peer, remote) => (*number, *peer, Some(*remote)),
+        let list = self.lock();
+        let view = list.ports.iter().map(|(number, port)| match port {
+            Port::Waiting(peer, ..) => (*number, *peer, None),
+            Port::Connected(peer, remote, _) => (*number, *peer, Some(*remote)),
         });
         view.collect()
     }
 }
 
 /// The lowest number from 1 that is free.
-fn free_number(ports: &BTreeMap<u32, Port>) -> Result<u32, Errno> {
+fn free_number(List { ports, .. }: &List) -> Result<u32, Errno> {
     if ports.len() >= MOST_PORTS {
         return Err(Errno::NoMem);
     }
@@ -145,7 +176,26 @@ mod tests {
         assert_eq!(one.view(), [(port, TWO, Some(other))]);
         assert_eq!(two.view(), [(other, ONE, Some(port))]);
         drop(left);
-        assert!(right.unwrap().take().is_err(), "the monitor holds no end");
+        let right = right.unwrap();
+        assert_eq!(
+            right.take(),
+            Ok(false),
+            "its process may be dead, but it is not buried"
+        );
+        one.close_all();
+        assert_eq!(right.take(), Err(rustix::io::Errno::PIPE));
+    }
+
+    #[test]
+    fn a_dead_domain_gets_no_port_back() {
+        let (one, two) = (Ports::default(), Ports::default());
+        let port = one.make(TWO, |_, _| Ok(())).unwrap();
+        let bound = two.bind(TWO, (ONE, &one), port, |_, _| {
+            one.close_all();
+            Ok(())
+        });
+        assert!(bound.is_ok());
+        assert_eq!(one.view(), []);
     }
 
     #[test]

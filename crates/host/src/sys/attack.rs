@@ -3,7 +3,7 @@
 //! They are raw on purpose: a library that refuses a call by itself would prove nothing.
 
 use std::ffi::CString;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 use rustix::io::Errno;
@@ -225,4 +225,10 @@ pub(crate) fn protect_writable(window: &super::Window, page: usize) -> Answer {
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a page inside the window; more access breaks nothing.
     unsafe { call(libc::SYS_mprotect, [at, 4096, prot.into(), 0, 0, 0]) }
+}
+/// Whether this process can read a byte at an address, found out without touching it.
+pub(crate) fn readable(at: usize, pipe: BorrowedFd<'_>) -> bool {
+    let at = i64::try_from(at).unwrap_or(0);
+    // SAFETY: the kernel reads one byte or says that it cannot.
+    unsafe { call(libc::SYS_write, [pipe.as_raw_fd().into(), at, 1, 0, 0, 0]) }.is_ok()
 }

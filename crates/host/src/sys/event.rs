@@ -59,6 +59,12 @@ impl EventPort {
         [self.incoming.as_fd(), self.outgoing.as_fd()]
     }
 
+    /// Keeps the sending half only: as long as somebody has it, the peer sees no hang-up.
+    #[must_use]
+    pub fn into_sending(self) -> OwnedFd {
+        self.outgoing
+    }
+
     /// Tells the peer. Several sends before it looks are one event. Never waits.
     ///
     /// # Errors
