@@ -239,6 +239,12 @@ fn operations_of_many_requests_survive_a_reconnect_whole() {
         rig.device.close();
         rig.connect();
         drain(&mut rig, u64::from(WRITES));
+        let written: u64 = rig.backend.iter().map(|queue| queue.stats().bytes_written).sum();
+        assert_eq!(
+            written,
+            u64::from(WRITES) * 300 * 1024,
+            "each is sent whole, and once"
+        );
         let content = rig.disk.content();
         for fill in 1..=WRITES {
             let written = &content[usize::from(fill) * 600 * 512..][..300 * 1024];
