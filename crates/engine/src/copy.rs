@@ -366,7 +366,7 @@ impl<H: Hypervisor> Processor<'_, H> {
             // 5
             if sufficient {
                 // A far domain's frame is not the granter's.
-                if state.is_transitive() || domain.is_dying() {
+                if state.is_transitive() {
                     return Err(GrantStatus::BAD_DOMAIN);
                 }
                 if !entry.active.add_pins(state, wanted) {
@@ -374,18 +374,13 @@ impl<H: Hypervisor> Processor<'_, H> {
                 }
                 let mfn = entry.active.mfn();
                 let owner = hv.get_frame(mfn);
-                if owner == Some(FrameOwner::Domain(granter)) {
+                if owner == Some(FrameOwner::Domain(granter)) && !domain.is_dying() {
                     let (start, end) = range_of(&entry, state);
                     return Ok(Ok(Grip { mfn, start, end }));
                 }
                 lower(&domain, &entry, access);
                 if owner.is_some() {
                     hv.put_frame(mfn);
-                }
-                let dying = domain.is_dying();
-                drop(domain);
-                if dying {
-                    engine.reap(granter);
                 }
                 return Err(GrantStatus::BAD_DOMAIN);
             }

@@ -120,19 +120,10 @@ impl<H: Hypervisor> Processor<'_, H> {
             pins,
         }
         .make();
-        let mfn = match done {
-            Ok(mfn) => mfn,
-            Err(status) => {
-                caller.maptrack.release(vcpu.number, handle);
-                let dying = granter.is_dying();
-                drop(granter);
-                // The pins of the attempt may have been the last.
-                if dying {
-                    self.engine.reap(item.dom);
-                }
-                return Err(status);
-            }
-        };
+        if done.is_err() {
+            caller.maptrack.release(vcpu.number, handle);
+        }
+        let mfn = done?;
         // 17
         hv.hook(Hook::MapPublish);
         let record = Record {
