@@ -155,7 +155,8 @@ impl<H: Hypervisor> Processor<'_, H> {
     }
 }
 
-#[cfg(all(test, feature = "machine"))]
+#[cfg(feature = "machine")]
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::domain::{Config, Limits};
