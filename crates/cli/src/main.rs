@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     let name = cli.command.name();
     let json = cli.command.wants_json();
     let outcome = match cli.command {
-        Command::Demo(_) => Err(Failure::new("demo: not there yet")),
+        Command::Demo(demo) => demo::main(&demo),
         Command::Disk(disk) => disk::main(&disk),
         Command::Run(run) => run::main(&run),
         Command::Dump(dump) => dump::main(&dump),

@@ -5,6 +5,7 @@
 //! both are replaced; and the way down is in order: users first, then frontends, then backends.
 
 use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -12,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use gnttab_abi::DomId;
 use gnttab_engine::Limits;
-use gnttab_host::launch::{Code, Program};
-use gnttab_host::monitor::{DomainInfo, DomainSpec, Ended, Monitor, MonitorError, Settings};
+use gnttab_host::launch::Program;
+use gnttab_host::monitor::{Counters, DomainInfo, DomainSpec, Ended, Monitor, MonitorError, Settings};
 use gnttab_io::blkif::handshake as toolstack;
 use gnttab_io::blkif::handshake::{DeviceMode, VbdSpec, VirtualDevice};
 use gnttab_io::xenbus::{Store as _, Tx, XenbusState, read_state};
@@ -43,19 +44,29 @@ pub(crate) struct DomainPlan {
     pub(crate) ram_pages: u32,
     /// What its grant table may be.
     pub(crate) limits: Limits,
-    /// What it runs; `None`: it serves and uses its disks.
-    pub(crate) program: Option<(String, Vec<String>)>,
+    /// What it runs.
+    pub(crate) program: ProgramPlan,
+}
+
+/// What a domain runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ProgramPlan {
+    /// It serves and uses its disks.
+    Disks,
+    /// Another role, with its orders.
+    Role(&'static str, String),
+    /// A program, with its arguments.
+    Executable(PathBuf, Vec<String>),
 }
 
 impl DomainPlan {
     /// A domain of 64 MiB that serves and uses its disks.
     pub(crate) fn new(name: &str) -> Self {
-        let program = None;
         DomainPlan {
             name: name.to_owned(),
             ram_pages: 16 * 1024,
             limits: Limits::default(),
-            program,
+            program: ProgramPlan::Disks,
         }
     }
 }
@@ -91,8 +102,8 @@ pub(crate) struct RingPlan {
 pub(crate) enum JobPlan {
     /// Exports it here.
     Export(Listener),
-    /// The demo's work.
-    Work,
+    /// Something else that the role does.
+    Role(frontend::Job),
     /// Whatever its program does.
     Program,
 }
@@ -118,8 +129,8 @@ pub(crate) enum Event {
         /// How it had ended.
         how: String,
     },
-    /// A domain with a program of its own has ended.
-    ProgramEnded {
+    /// A domain with something else to do than disks has ended.
+    Ended {
         /// Its name.
         name: String,
         /// How.
@@ -157,16 +168,13 @@ impl Session {
             words: mpsc::channel(),
             restarts: Vec::new(),
         };
-        for plan in domains {
+        // Numbers first: orders name the directories of both sides.
+        for (plan, number) in domains.into_iter().zip(1..) {
             session.domains.push(Running {
                 plan,
-                id: DomId(0),
+                id: DomId(number),
                 ended: None,
             });
-        }
-        // Numbers first: orders name the directories of both sides.
-        for (running, number) in session.domains.iter_mut().zip(1..) {
-            running.id = DomId(number);
         }
         for index in 0..session.domains.len() {
             session.create(index)?;
@@ -178,19 +186,20 @@ impl Session {
         Ok(session)
     }
 
+    /// Adds a domain, which has no disks.
+    pub(crate) fn add(&mut self, plan: DomainPlan) -> Result<(), Failure> {
+        let number = u16::try_from(self.domains.len() + 1).map_err(|_| Failure::new("too many domains"))?;
+        self.domains.push(Running {
+            plan,
+            id: DomId(number),
+            ended: None,
+        });
+        self.create(self.domains.len() - 1)
+    }
+
     /// The monitor, to look at.
     pub(crate) fn monitor(&self) -> &Arc<Monitor> {
         &self.monitor
-    }
-
-    /// The number of a domain.
-    pub(crate) fn id(&self, domain: usize) -> DomId {
-        self.domains[domain].id
-    }
-
-    /// The image of a disk.
-    pub(crate) fn image(&self, disk: usize) -> &Image {
-        &self.disks[disk].image
     }
 
     /// What is known of every domain.
@@ -210,12 +219,15 @@ impl Session {
     fn create(&mut self, index: usize) -> Result<(), Failure> {
         let running = &self.domains[index];
         let mut program = match &running.plan.program {
-            None => Program::role(DISKS),
-            Some((path, arguments)) => {
-                let mut program = Program::executable(path);
-                program.arguments.clone_from(arguments);
-                program
-            }
+            ProgramPlan::Disks => Program::role(DISKS),
+            ProgramPlan::Role(name, orders) => Program {
+                arguments: vec![orders.clone()],
+                ..Program::role(name)
+            },
+            ProgramPlan::Executable(path, arguments) => Program {
+                arguments: arguments.clone(),
+                ..Program::executable(path)
+            },
         };
         let (mut orders, mut writes) = (Orders::default(), false);
         let (mut granted_pages, mut mapped_pages) = (64, 64);
@@ -268,7 +280,7 @@ impl Session {
                             tcp: listener.is_tcp(),
                         }
                     }
-                    JobPlan::Work => frontend::Job::Work,
+                    JobPlan::Role(job) => job.clone(),
                     JobPlan::Program => continue,
                 };
                 orders.frontends.push(frontend::Orders {
@@ -281,13 +293,14 @@ impl Session {
                 });
             }
         }
-        if program.code == Code::Role(DISKS.to_owned()) {
+        if running.plan.program == ProgramPlan::Disks {
             let orders = serde_json::to_string(&orders).map_err(|error| self.failed_at(index, &error))?;
             program.arguments = vec![orders];
-            program.stdout = self.listen().map_err(|error| self.failed_at(index, &error))?;
-        } else {
-            program.stdout = Stdio::inherit();
         }
+        program.stdout = match running.plan.program {
+            ProgramPlan::Executable(..) => Stdio::inherit(),
+            _ => self.listen().map_err(|error| self.failed_at(index, &error))?,
+        };
         program.confinement.discard = writes;
         // An export holds what its clients have under way.
         program.confinement.private_memory = 2 << 30;
@@ -363,8 +376,8 @@ impl Session {
             let (name, how) = (self.domains[index].plan.name.clone(), describe(&ended));
             let good = ended.status.is_some_and(|status| status.success());
             self.domains[index].ended = Some(ended);
-            if self.domains[index].plan.program.is_some() {
-                return Ok(Some(Event::ProgramEnded { name, how, good }));
+            if self.domains[index].plan.program != ProgramPlan::Disks {
+                return Ok(Some(Event::Ended { name, how, good }));
             }
             self.count_restart(&name, &how)?;
             self.replace(index)?;
@@ -414,8 +427,9 @@ impl Session {
         Ok(())
     }
 
-    /// Ends everything in order; what domains said until then goes to `heard`.
-    pub(crate) fn stop(mut self, mut heard: impl FnMut(Word)) -> Result<(), Failure> {
+    /// Ends everything in order; what domains said until then goes to `heard`. What the monitor still held when all were
+    /// gone.
+    pub(crate) fn stop(mut self, mut heard: impl FnMut(Word)) -> Result<Counters, Failure> {
         let mut stubborn = Vec::new();
         let (last, first): (Vec<usize>, Vec<usize>) =
             (0..self.domains.len()).partition(|index| self.disks.iter().any(|disk| disk.backend == *index));
@@ -424,7 +438,10 @@ impl Session {
                 let paths = self.vbd(number).paths();
                 toolstack::take_offline(&mut self.store, &paths).map_err(failed)?;
             }
-            for &index in &domains {
+            for &index in domains
+                .iter()
+                .filter(|&&index| self.domains[index].ended.is_none())
+            {
                 let node = shutdown_node(self.domains[index].id.0);
                 self.store.write(Tx::NONE, &node, b"poweroff").map_err(failed)?;
             }
@@ -433,6 +450,7 @@ impl Session {
                 stubborn.extend(self.wait_until_ended(index, deadline)?);
             }
         }
+        let left = self.monitor.counters();
         drop(self.words.0);
         drop(self._control);
         drop(self.store);
@@ -440,7 +458,7 @@ impl Session {
         // Every writer has gone, so this ends.
         self.words.1.iter().for_each(&mut heard);
         match &stubborn[..] {
-            [] => Ok(()),
+            [] => Ok(left),
             some => Err(Failure::new(format!(
                 "stop: {} did not end in time and were killed",
                 some.join(", ")

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::workload::{Outcome, Pace};
 use crate::live::per_second;
@@ -36,7 +36,9 @@ pub(crate) struct DomainLine {
     /// Its name.
     pub(crate) name: String,
     /// Its process.
-    pub(crate) pid: i32,
+    pub(crate) pid: Option<u32>,
+    /// Whether every wall that matters stands.
+    pub(crate) isolated: bool,
     /// What keeps it in.
     pub(crate) walls: Vec<String>,
 }
@@ -69,12 +71,12 @@ pub(crate) struct DiskReport {
     pub(crate) digest_after: String,
     /// What the frontend did and saw.
     pub(crate) outcome: Outcome,
-    /// Hypercalls that frontend and backend made for it.
-    pub(crate) hypercalls: u64,
+    /// Grant operations (maps, unmaps, copies) that all of it took.
+    pub(crate) grant_operations: u64,
 }
 
 /// Attempts of one kind.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct AttemptGroup {
     /// On what.
     pub(crate) target: String,
@@ -83,7 +85,7 @@ pub(crate) struct AttemptGroup {
 }
 
 /// One thing that the hostile domain tried.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Attempt {
     /// What.
     pub(crate) name: String,
@@ -133,7 +135,7 @@ impl Report {
             [
                 domain.id.clone(),
                 domain.name.clone(),
-                format!("pid {}", domain.pid),
+                process(domain.pid),
                 domain.walls.join(", "),
             ]
         });
@@ -174,8 +176,8 @@ impl Report {
         let requests = self.requests();
         writeln!(
             text,
-            "  {requests} requests took {} hypercalls\n",
-            disk.hypercalls
+            "  {requests} requests took {} grant operations\n",
+            disk.grant_operations
         )?;
 
         let title = format!(
@@ -241,6 +243,10 @@ impl Report {
         ];
         all.iter().map(|pace: &Pace| pace.requests).sum()
     }
+}
+
+fn process(pid: Option<u32>) -> String {
+    pid.map_or_else(|| "-".to_owned(), |pid| format!("pid {pid}"))
 }
 
 /// How the attempts of a group were answered, most frequent first.
@@ -309,7 +315,8 @@ mod tests {
             domains: vec![DomainLine {
                 id: "d1".to_owned(),
                 name: "backend".to_owned(),
-                pid: 4711,
+                pid: Some(4711),
+                isolated: true,
                 walls: vec!["seccomp".to_owned(), "Landlock".to_owned()],
             }],
             shared: vec![SharedLine {
@@ -328,7 +335,7 @@ mod tests {
                     large_reads: pace,
                     ..Outcome::default()
                 },
-                hypercalls: 12,
+                grant_operations: 12,
             },
             hostile: vec![AttemptGroup {
                 target: "the monitor".to_owned(),
@@ -354,7 +361,7 @@ mod tests {
             "EPERM (2), EACCES (1)",
             "d2 to d1",
             "128 MiB/s",
-            "256 requests took 12 hypercalls",
+            "256 requests took 12 grant operations",
             "All of it held, in 6.2 s",
         ] {
             assert!(screen.contains(words), "no '{words}' in:\n{screen}");

@@ -15,6 +15,7 @@ use gnttab_io::blkif::{DeviceProperties, FrontendConfig, FrontendQueue};
 use gnttab_io::xenbus::{EventPort, Store as _};
 use serde::{Deserialize, Serialize};
 
+use super::hostile::Bait;
 use super::{Joined, News, RoleError, Step, say, state_node};
 use crate::bell::Bell;
 use crate::block::Geometry;
@@ -55,8 +56,11 @@ pub(crate) enum Job {
         /// The listener is a TCP socket, not a Unix one.
         tcp: bool,
     },
-    /// Read and write it, for the demo.
-    Work,
+    /// Read and write it, for the demo, and lay out a bait for the hostile domain.
+    Work {
+        /// The hostile domain.
+        bait: u16,
+    },
 }
 
 type Queue = SharedQueue<Front, Port>;
@@ -140,8 +144,12 @@ impl Frontend {
         match handshake.advance(&mut joined.store)? {
             FrontendEvent::Idle if self.leaving && !self.device.is_open() => return Ok(Step::Over),
             FrontendEvent::Idle => {
-                if let Some(Running::Export(server)) = &self.job {
-                    say(self.orders.disk, News::Totals(server.counters().totals()));
+                match &mut self.job {
+                    Some(Running::Export(server)) => {
+                        say(self.orders.disk, News::Totals(server.counters().totals()));
+                    }
+                    Some(Running::Work(bait)) => bait.step(joined)?,
+                    None => {}
                 }
                 let Some(why) = self.device.broken() else {
                     return Ok(Step::Idle);
@@ -177,7 +185,7 @@ impl Frontend {
 /// What runs on the disk.
 enum Running {
     Export(Server),
-    Work,
+    Work(Bait),
 }
 
 fn begin(
@@ -203,7 +211,7 @@ fn begin(
             };
             Ok(Running::Export(Server::start(listener, export, devices)?))
         }
-        Job::Work => {
+        Job::Work { bait } => {
             let mut first = devices.remove(0);
             let work = move || {
                 let outcome = workload::run(&mut first, |phase| say(disk, News::Phase(phase.to_owned())));
@@ -216,7 +224,7 @@ fn begin(
                 );
             };
             thread::Builder::new().name("work".to_owned()).spawn(work)?;
-            Ok(Running::Work)
+            Ok(Running::Work(Bait::lay(joined, &device.table, *bait)?))
         }
     }
 }

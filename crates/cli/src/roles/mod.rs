@@ -5,6 +5,7 @@
 
 pub(crate) mod backend;
 pub(crate) mod frontend;
+pub(crate) mod hostile;
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -20,6 +21,7 @@ use gnttab_xenstore::client::Client;
 use serde::{Deserialize, Serialize};
 
 use crate::bell::Bell;
+use crate::demo::report::AttemptGroup;
 use crate::demo::workload::Outcome;
 use crate::nbd::server::Totals;
 use crate::store::StoreClient;
@@ -27,10 +29,16 @@ use backend::Backend;
 use frontend::Frontend;
 
 /// By name, for [`domain_main`](gnttab_host::launch::domain_main).
-pub(crate) const ROLES: &[(&str, Role)] = &[(DISKS, |start| end(DISKS, disks(start)))];
+pub(crate) const ROLES: &[(&str, Role)] = &[
+    (DISKS, |start| end(DISKS, disks(start))),
+    (HOSTILE, |start| end(HOSTILE, hostile::run(start))),
+];
 
 /// The role of a domain that serves disks, uses disks, or both.
 pub(crate) const DISKS: &str = "disks";
+
+/// The role of the demo's hostile domain.
+pub(crate) const HOSTILE: &str = "hostile";
 
 /// How often a role looks around when nothing happens, and says what it has done.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -67,6 +75,8 @@ pub(crate) enum News {
     Outcome(Box<Outcome>),
     /// The demo's workload cannot go on.
     Failed(String),
+    /// What the hostile domain tried.
+    Attempts(Vec<AttemptGroup>),
 }
 
 /// Says it. With nobody to hear it there is nothing to be done.
