@@ -19,9 +19,11 @@ pub const RESPONSE: usize = 2;
 pub const IN_BYTES: usize = 3;
 /// Header word: words of the answer.
 pub const OUT_WORDS: usize = 4;
-/// Header word: how many scripts of the batch were played. Fewer than asked: the last one could
-/// not be cleaned up after, and this guest should be asked nothing more.
+/// Header word: how many scripts of the batch were played: all, or as many as the answer had room
+/// for, or up to the first that could not be cleaned up after.
 pub const PLAYED: usize = 5;
+/// Header word: 1 if everything could be cleaned up after. 0: this guest should be asked no more.
+pub const CLEAN: usize = 6;
 /// Header word: the first of the input pages' frame numbers.
 pub const IN_FRAMES: usize = 16;
 /// Input pages.

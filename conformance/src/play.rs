@@ -173,6 +173,16 @@ impl<W: World> Play<'_, W> {
         }
     }
 
+    /// Before a map that may not tell its handle: a number that has been given back could come
+    /// again unseen, so that it stands for nobody from here on.
+    fn forget_dead_handles(&mut self) {
+        for index in 0..self.known {
+            if !self.is_live(self.handles[index]) {
+                self.handles[index] = NO_HANDLE;
+            }
+        }
+    }
+
     fn value(&self, value: Value, item: u64) -> u64 {
         match value {
             Value::Lit(n) => n,
@@ -193,12 +203,14 @@ impl<W: World> Play<'_, W> {
             Head::Call(call) => self.call(call, reader),
             Head::Entry {
                 other,
+                version,
                 offset,
                 size,
                 value,
             } => {
                 let (offset, value) = (u64::from(offset), self.value(value, 0));
-                if offset + u64::from(size) <= self.world.table_bytes(other) {
+                let is = if other { 1 } else { self.world.version() };
+                if is == u32::from(version) && offset + u64::from(size) <= self.world.table_bytes(other) {
                     self.world.table_store(other, offset, size, value);
                 }
             }
@@ -218,11 +230,14 @@ impl<W: World> Play<'_, W> {
         if pte & PRESENT == 0 {
             return;
         }
-        let byte = self.world.load(slot, offset);
-        self.see("byte at slot", slot, u64::from(byte));
-        // A page table or a table of grants is not for scripts to overwrite by the way.
+        // A page table and a table of grants hold frame numbers, and are not to be overwritten by
+        // the way.
         let named = self.world.name((pte & PTE_FRAME) >> 12);
         let ordinary = named.is_some_and(|name| name < PAGES || self.is_other_page(name));
+        if ordinary {
+            let byte = self.world.load(slot, offset);
+            self.see("byte at slot", slot, u64::from(byte));
+        }
         if let Some(byte) = write
             && pte & WRITABLE != 0
             && ordinary
@@ -249,6 +264,12 @@ impl<W: World> Play<'_, W> {
         }
         let size = op.arg_size(gnttab_abi::Abi::X86_64);
         let total = if items == 0 { 0 } else { u64::from(call.total) };
+        if op == Op::MapGrantRef
+            && let Place::Area(_, start) = place
+            && u64::from(start) + total * size as u64 > AREA_END
+        {
+            self.forget_dead_handles();
+        }
         if let Place::Area(area, start) = place {
             for item in 0..total {
                 let values = &given[usize::try_from(item).unwrap_or(0) % items];
@@ -447,7 +468,9 @@ impl<W: World> Play<'_, W> {
     fn clean_up(&mut self) -> bool {
         let mut most = 0;
         for handle in &self.handles[..self.known] {
-            most = most.max(*handle + 1);
+            if *handle != NO_HANDLE {
+                most = most.max(*handle + 1);
+            }
         }
         let (mut live, mut left) = (0, 0);
         if self.lost {
@@ -472,6 +495,18 @@ impl<W: World> Play<'_, W> {
         for slot in 0..SLOTS {
             self.world.set_pte(slot, None);
         }
+        // First: a change to version 1 minds what stands in the reserved entries.
+        let entry = if self.world.version() == 2 { 16 } else { 8 };
+        for gref in WATCHED.into_iter().map(u64::from) {
+            for at in (gref * entry..(gref + 1) * entry).step_by(8) {
+                if at + 8 <= self.world.table_bytes(false) {
+                    self.world.table_store(false, at, 8, 0);
+                }
+            }
+            if (gref + 1) * 8 <= self.world.table_bytes(true) {
+                self.world.table_store(true, gref * 8, 8, 0);
+            }
+        }
         let mut result = 0;
         if self.world.version() == 2 {
             self.world.release_status();
@@ -481,13 +516,6 @@ impl<W: World> Play<'_, W> {
             self.world.refresh();
         }
         self.see("back to version 1", 0, result.cast_unsigned());
-        for gref in WATCHED.into_iter().map(u64::from) {
-            for other in [false, true] {
-                if (gref + 1) * 8 <= self.world.table_bytes(other) {
-                    self.world.table_store(other, gref * 8, 8, 0);
-                }
-            }
-        }
         if self.pages_changed {
             let other = OTHER_PAGES..OTHER_PAGES + self.world.other_pages();
             for page in (0..PAGES).chain(other) {

@@ -221,6 +221,8 @@ pub enum Head {
     Entry {
         /// Of the other domain, not of the caller.
         other: bool,
+        /// Only while the table has this version: in the other one the bytes mean something else.
+        version: u8,
         /// Where in the table, in bytes.
         offset: u32,
         /// Bytes.
@@ -331,6 +333,7 @@ impl<'a> Reader<'a> {
             }
             2 => Head::Entry {
                 other: self.u8()? != 0,
+                version: self.u8()?,
                 offset: self.u32()?,
                 size: self.u8()?,
                 value: self.value()?,
@@ -396,11 +399,12 @@ impl Step {
             }
             Head::Entry {
                 other,
+                version,
                 offset,
                 size,
                 value,
             } => {
-                to.extend([2, u8::from(other)]);
+                to.extend([2, u8::from(other), version]);
                 to.extend(offset.to_le_bytes());
                 to.push(size);
                 encode_value(value, to);

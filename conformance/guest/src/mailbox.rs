@@ -3,7 +3,7 @@
 use core::sync::atomic::{Ordering, fence};
 
 use gnttab_conformance::mailbox::{
-    IN_BYTES, IN_FRAMES, IN_PAGES, OUT_FRAMES, OUT_PAGES, OUT_WORDS, PLAYED, REQUEST, RESPONSE,
+    CLEAN, IN_BYTES, IN_FRAMES, IN_PAGES, OUT_FRAMES, OUT_PAGES, OUT_WORDS, PLAYED, REQUEST, RESPONSE,
 };
 
 use crate::xen::{Pages, frame_of, load64, store64};
@@ -93,7 +93,8 @@ impl Mailbox {
         true
     }
 
-    pub fn finish(&mut self) {
+    pub fn finish(&mut self, clean: bool) {
+        set_header(CLEAN, u64::from(clean));
         set_header(OUT_WORDS, self.written as u64);
         set_header(PLAYED, self.played);
         fence(Ordering::SeqCst);

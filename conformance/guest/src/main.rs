@@ -25,14 +25,15 @@ extern "C" fn start(info: u64) -> ! {
     let _ = writeln!(xen::Console, "{GREETING}{:x}", mailbox.frame());
     loop {
         mailbox.wait();
+        let mut clean = true;
         while let Some(script) = mailbox.next_script() {
             world.answer.clear();
             world.verbose = script.first() == Some(&1);
-            let clean = play(&mut world, script.get(1..).unwrap_or(&[]));
+            clean = play(&mut world, script.get(1..).unwrap_or(&[]));
             if !mailbox.answer(&world.answer) || !clean {
                 break;
             }
         }
-        mailbox.finish();
+        mailbox.finish(clean);
     }
 }

@@ -1,0 +1,663 @@
+//! Random programs, mostly valid: what a PV kernel might do with grants, and what it should not.
+//!
+//! The generator keeps a rough picture of what its program has done so far, so that most steps
+//! hit something; it knows nothing of answers. Left out are programs to which the specification
+//! gives no answer or whose answer the engine does not share on purpose (`docs/differences.md`).
+
+use fastrand::Rng;
+use gnttab_abi::{CopyFlags, MapFlags, Op};
+use gnttab_conformance::script::{
+    AREA_PAGES, CallHead, Head, LIST, NO_HANDLE, PAGES, Place, SLOTS, SLOTS_TABLE, STATUS, Step, TABLE,
+    Value, fields,
+};
+
+const SELF: u64 = 0x7FF0;
+/// What OUT fields hold before: nothing that an answer could be.
+const STATUS_BEFORE: Value = Value::Lit(0x7777);
+const HANDLE_BEFORE: Value = Value::Lit(0x5A5A_5A5A);
+const BUS_BEFORE: Value = Value::Lit(0x1122_3344_5566_7788);
+/// Numbers that are no frame of the domain's.
+const BAD_FRAMES: [u64; 4] = [0xFFFF_FFF0, 0xFFFF_FFFF, 0xF_FFFF, 0x7FFF_FFFF];
+/// An address without page tables.
+const NO_TABLE: u64 = 0x40_0000_0000;
+/// An address that the hypervisor keeps for itself.
+const RESERVED: u64 = 0xFFFF_8000_0000_0000;
+const AREA_BYTES: u32 = 4096 * AREA_PAGES as u32;
+
+/// A program under construction.
+pub(crate) struct Generator<'r> {
+    rng: &'r mut Rng,
+    steps: Vec<Step>,
+    version: u32,
+    /// What may be granted: reference, and whether it was written so.
+    granted: Vec<u32>,
+    /// What was mapped: flags, slot.
+    mapped: Vec<(u32, u64)>,
+    max_frames: u32,
+    /// Tables of either kind may be granted, and nothing is copied out of grants: frame numbers
+    /// stand in them.
+    tables: bool,
+}
+
+/// Makes one program.
+pub(crate) fn program(rng: &mut Rng, max_frames: u32) -> Vec<Step> {
+    let tables = rng.u32(0..4) == 0;
+    let mut generator = Generator {
+        rng,
+        tables,
+        steps: Vec::new(),
+        version: 1,
+        granted: Vec::new(),
+        mapped: Vec::new(),
+        max_frames,
+    };
+    if generator.one_in(3) {
+        generator.set_version(2);
+    }
+    for _ in 0..generator.rng.u32(1..5) {
+        generator.grant();
+    }
+    for _ in 0..generator.rng.u32(4..40) {
+        generator.step();
+    }
+    generator.steps
+}
+
+fn lit(n: impl Into<u64>) -> Value {
+    Value::Lit(n.into())
+}
+
+impl Generator<'_> {
+    fn one_in(&mut self, n: u32) -> bool {
+        self.rng.u32(0..n) == 0
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.rng.usize(0..from.len())]
+    }
+
+    fn push(&mut self, head: Head) {
+        self.steps.push(Step {
+            head,
+            items: Vec::new(),
+        });
+    }
+
+    fn step(&mut self) {
+        match self.rng.u32(0..100) {
+            0..16 => self.grant(),
+            16..22 => self.change_entry(),
+            22..44 => self.map(),
+            44..58 => self.unmap(),
+            58..61 => self.replace(),
+            61..65 => self.set_pte(),
+            65..70 => self.touch(),
+            70..82 => self.copy(),
+            82..85 => self.swap(),
+            85..88 => {
+                let version = self.pick(&[1, 2, 2, 1, 2, 1, 0, 3]);
+                self.set_version(version);
+            }
+            88..90 => self.get_version(),
+            90..92 => self.query_size(),
+            92..94 => self.setup_table(),
+            94..96 => self.get_status_frames(),
+            96..97 => self.cache_flush(),
+            97..98 => self.transfer(),
+            98..99 => self.raw(),
+            _ => self.odd_state(),
+        }
+    }
+
+    // --- the table ------------------------------------------------------------------------------
+
+    fn any_ref(&mut self) -> u32 {
+        match self.rng.u32(0..40) {
+            0 => self.pick(&[254, 255, 256, 257, 510, 511]),
+            1 => self.pick(&[512, 513, 767, 768, 1023, 1024, 0x7FFF_FFFF, 0xFFFF_FFFF]),
+            _ => self.rng.u32(0..20),
+        }
+    }
+
+    fn granted_ref(&mut self) -> u32 {
+        if self.granted.is_empty() || self.one_in(16) {
+            self.any_ref()
+        } else {
+            self.granted[self.rng.usize(0..self.granted.len())]
+        }
+    }
+
+    fn any_frame(&mut self) -> Value {
+        match self.rng.u32(0..24) {
+            0 if self.tables => Value::Page(SLOTS_TABLE),
+            1 if self.tables => Value::Page(TABLE),
+            2 => lit(self.rng.choice(BAD_FRAMES).unwrap_or(BAD_FRAMES[0])),
+            3 if self.version == 2 => Value::Page(STATUS),
+            _ => Value::Page(self.rng.u64(0..PAGES)),
+        }
+    }
+
+    fn entry_domid(&mut self) -> u64 {
+        if self.one_in(16) {
+            self.pick(&[1, 2, 77, SELF, 0x7FF2, 0xFFFF])
+        } else {
+            0
+        }
+    }
+
+    fn entry_flags(&mut self) -> u64 {
+        match self.rng.u32(0..24) {
+            0 => self.pick(&[0, 2, 3, 0x0002, 0x0006, 0x000E]),
+            1 => self.pick(&[0x0009, 0x0011, 0x0019, 0x001D]),
+            2 => self.pick(&[0x0201, 0x8001, 0xFE01]),
+            3 => self.pick(&[0x0021, 0x0041, 0x0081, 0x00E5]),
+            4 => 0x0101,
+            5..10 => 5,
+            _ => 1,
+        }
+    }
+
+    fn store(&mut self, offset: u32, size: u8, value: Value) {
+        let version = if self.version == 2 { 2 } else { 1 };
+        self.push(Head::Entry {
+            other: false,
+            version,
+            offset,
+            size,
+            value,
+        });
+    }
+
+    fn grant(&mut self) {
+        let gref = self.any_ref() % 1025;
+        let (domid, frame, mut flags) = (self.entry_domid(), self.any_frame(), self.entry_flags());
+        self.granted.push(gref);
+        if self.version == 2 {
+            let mut part = 0;
+            if self.one_in(5) {
+                flags |= 0x100;
+                let start = self.pick(&[0_u64, 100, 1024, 2048, 0x8064, 4095, 4096]);
+                let length = self.pick(&[0_u64, 50, 500, 2048, 4096, 0xFFFF]);
+                part = start << 32 | length << 48;
+            }
+            if self.one_in(6) {
+                // Transitive: by the far domain and its reference.
+                flags = flags & !3 | 3;
+                let far = self.pick(&[0_u64, 0, 0, 1, 77, SELF]);
+                let far_ref = u64::from(self.granted_ref());
+                self.store(gref * 16 + 8, 8, lit(far_ref));
+                self.store(gref * 16, 8, lit(flags | domid << 16 | far << 32));
+                return;
+            }
+            self.store(gref * 16 + 8, 8, frame);
+            self.store(gref * 16, 8, lit(flags | domid << 16 | part));
+        } else {
+            self.store(gref * 8 + 4, 4, frame);
+            self.store(gref * 8, 4, lit(flags | domid << 16));
+        }
+    }
+
+    fn change_entry(&mut self) {
+        let gref = self.granted_ref() % 1025;
+        let size = if self.version == 2 { 16 } else { 8 };
+        match self.rng.u32(0..6) {
+            0 => self.store(gref * size, 2, lit(0_u64)),
+            1 => self.store(gref * size, 2, lit(5_u64)),
+            2 => {
+                let domid = self.entry_domid();
+                self.store(gref * size + 2, 2, lit(domid));
+            }
+            3 => {
+                let frame = self.any_frame();
+                let (at, bytes) = if self.version == 2 { (8, 8) } else { (4, 4) };
+                self.store(gref * size + at, bytes, frame);
+            }
+            _ => {
+                let flags = self.entry_flags();
+                self.store(gref * size, 2, lit(flags));
+            }
+        }
+    }
+
+    // --- calls ----------------------------------------------------------------------------------
+
+    /// A call whose arguments lie where they should, and whose count is theirs; seldom otherwise.
+    fn call(&mut self, op: Op, items: Vec<Vec<Value>>) {
+        let total = u32::try_from(items.len()).unwrap_or(1);
+        self.call_repeated(op, items, total);
+    }
+
+    fn call_repeated(&mut self, op: Op, items: Vec<Vec<Value>>, total: u32) {
+        debug_assert!(items.iter().all(|item| item.len() == fields(op).len()));
+        let size = u32::try_from(op.arg_size(gnttab_abi::Abi::X86_64)).unwrap_or(1);
+        let mut count = u64::from(total);
+        let mut place = Place::Area(self.rng.u8(0..2), 8 * self.rng.u32(0..200));
+        if total > 100 {
+            place = Place::Area(1, 0);
+        } else if self.one_in(24) {
+            let fit = self.rng.u32(0..=total) * size;
+            match self.rng.u32(0..6) {
+                // Into what is only readable, or into nothing.
+                0 | 1 => place = Place::Area(0, AREA_BYTES - fit),
+                2 => place = Place::Area(0, AREA_BYTES + 4096 - fit.min(4096)),
+                3 | 4 => place = Place::Area(1, AREA_BYTES - fit),
+                _ => {
+                    place = Place::Lit(self.pick(&[NO_TABLE, RESERVED, 0xFFFF_87FF_FFFF_F000]));
+                }
+            }
+            // An argument across the edge.
+            if let Place::Area(area, at) = place
+                && fit >= 16
+                && self.one_in(3)
+            {
+                place = Place::Area(area, at + 8);
+            }
+        } else if self.one_in(50) {
+            count = self.pick(&[0, 0x8000_0000, 0xFFFF_FFFF, 1 << 32, 1 << 32 | u64::from(total)]);
+        }
+        let upper = if self.one_in(100) { 0xABCD << 32 } else { 0 };
+        self.steps.push(Step {
+            head: Head::Call(CallHead {
+                command: op as u64 | upper,
+                op,
+                place,
+                count,
+                total: u16::try_from(total).unwrap_or(u16::MAX),
+                items: u16::try_from(items.len()).unwrap_or(0),
+            }),
+            items,
+        });
+    }
+
+    fn few(&mut self) -> u32 {
+        match self.rng.u32(0..20) {
+            0 => self.rng.u32(1..17),
+            1..5 => self.rng.u32(2..5),
+            _ => 1,
+        }
+    }
+
+    fn dom(&mut self) -> Value {
+        lit(if self.one_in(30) {
+            self.pick(&[SELF, 1, 77, 0x7FF1, 0x7FF2, 0x7FF4, 0x7FFF, 0xFFFF])
+        } else {
+            0
+        })
+    }
+
+    fn self_or_dom(&mut self) -> Value {
+        if self.one_in(2) { lit(SELF) } else { self.dom() }
+    }
+
+    fn map_item(&mut self) -> Vec<Value> {
+        let slot = self.rng.u64(0..SLOTS);
+        let (host, device) = match self.rng.u32(0..20) {
+            0..4 => (false, true),
+            4..8 => (true, true),
+            8 => (false, false),
+            _ => (true, false),
+        };
+        let mut flags = MapFlags::empty();
+        flags.set(MapFlags::HOST_MAP, host);
+        flags.set(MapFlags::DEVICE_MAP, device);
+        flags.set(MapFlags::READONLY, self.one_in(3));
+        flags.set(MapFlags::APPLICATION_MAP, self.one_in(8));
+        let pte = self.one_in(6);
+        flags.set(MapFlags::CONTAINS_PTE, pte);
+        let mut bits = flags.bits();
+        if self.one_in(8) {
+            bits |= self.rng.u32(0..8) << 16;
+        }
+        if self.one_in(20) {
+            bits |= self.pick(&[0x20, 0x40, 0x7FC0, 0x8000, 0xFFF8_0000]);
+        }
+        let offset = if self.one_in(16) {
+            self.pick(&[1, 8, 0xFFF])
+        } else {
+            0
+        };
+        let mut host_addr = if pte {
+            Value::Pte(slot, if offset == 8 { 0 } else { offset })
+        } else {
+            Value::Slot(slot, offset)
+        };
+        if self.one_in(24) {
+            let page = self.rng.u64(0..PAGES);
+            host_addr = self.pick(&[
+                lit(NO_TABLE),
+                lit(RESERVED),
+                Value::PageAddr(page, 0),
+                Value::PageAddr(TABLE, 8),
+                lit(0xFFFF_FFFF_F000_u64),
+                Value::Pte(slot, 0),
+                Value::Slot(slot, 0),
+            ]);
+        }
+        self.mapped.push((bits, slot));
+        vec![
+            host_addr,
+            lit(bits),
+            lit(self.granted_ref()),
+            self.dom(),
+            STATUS_BEFORE,
+            HANDLE_BEFORE,
+            BUS_BEFORE,
+        ]
+    }
+
+    fn map(&mut self) {
+        if self.one_in(40) {
+            return self.map_many();
+        }
+        let items = (0..self.few()).map(|_| self.map_item()).collect();
+        self.call(Op::MapGrantRef, items);
+    }
+
+    /// As often as an entry can be used, and once more.
+    fn map_many(&mut self) {
+        let mut item = self.map_item();
+        let readonly = if self.one_in(2) {
+            MapFlags::READONLY.bits()
+        } else {
+            0
+        };
+        item[1] = lit(MapFlags::DEVICE_MAP.bits() | readonly);
+        let total = self.pick(&[127, 128, 129, 130, 300]);
+        self.call_repeated(Op::MapGrantRef, vec![item], total);
+        if self.one_in(2) {
+            let base = self.rng.u64(0..4);
+            let page = self.rng.u64(0..PAGES);
+            let bus = if self.one_in(4) {
+                lit(0_u64)
+            } else {
+                Value::PageAddr(page, 0)
+            };
+            let item = vec![lit(0_u64), bus, Value::HandleSeq(base), STATUS_BEFORE];
+            let total = self.pick(&[31, 32, 33, 65, 130]);
+            self.call_repeated(Op::UnmapGrantRef, vec![item], total);
+        }
+    }
+
+    fn handle(&mut self) -> (Value, u32, u64) {
+        if self.mapped.is_empty() || self.one_in(24) {
+            let none = self.pick(&[NO_HANDLE, 0xFFFF_FFFF, 0x7FFF_FFFF, 0x0010_0000]);
+            return (lit(none), 0, 0);
+        }
+        let index = self.rng.usize(0..self.mapped.len());
+        let (flags, slot) = self.mapped[index];
+        (Value::Handle(index as u64), flags, slot)
+    }
+
+    fn host_addr(&mut self, flags: u32, slot: u64) -> Value {
+        let slot = if self.one_in(12) {
+            self.rng.u64(0..SLOTS)
+        } else {
+            slot
+        };
+        let pte = MapFlags::from_bits_retain(flags).contains(MapFlags::CONTAINS_PTE) != self.one_in(30);
+        let offset = if self.one_in(24) {
+            self.pick(&[8, 0xFF8])
+        } else {
+            0
+        };
+        match self.rng.u32(0..24) {
+            0 => lit(0_u64),
+            1 => self.pick(&[lit(NO_TABLE), lit(RESERVED), lit(1_u64)]),
+            _ if pte => Value::Pte(slot, 0),
+            _ => Value::Slot(slot, offset),
+        }
+    }
+
+    fn unmap(&mut self) {
+        let items = (0..self.few())
+            .map(|_| {
+                let (handle, flags, slot) = self.handle();
+                let host = self.host_addr(flags, slot);
+                let page = self.rng.u64(0..PAGES);
+                let bus = match self.rng.u32(0..8) {
+                    0..4 => lit(0_u64),
+                    4..7 => Value::PageAddr(page, 0),
+                    _ => self.pick(&[
+                        Value::PageAddr(page, 1),
+                        lit(4096_u64),
+                        Value::PageAddr(SLOTS_TABLE, 0),
+                    ]),
+                };
+                vec![host, bus, handle, STATUS_BEFORE]
+            })
+            .collect();
+        self.call(Op::UnmapGrantRef, items);
+    }
+
+    fn replace(&mut self) {
+        let items = (0..self.few())
+            .map(|_| {
+                let (handle, flags, slot) = self.handle();
+                let host = self.host_addr(flags, slot);
+                let other = self.rng.u64(0..SLOTS);
+                let new = if self.one_in(4) {
+                    self.pick(&[lit(0_u64), lit(NO_TABLE), lit(RESERVED), Value::Slot(slot, 0)])
+                } else {
+                    Value::Slot(other, 0)
+                };
+                vec![host, new, handle, STATUS_BEFORE]
+            })
+            .collect();
+        self.call(Op::UnmapAndReplace, items);
+    }
+
+    fn set_pte(&mut self) {
+        let (slot, writable) = (self.rng.u8(0..16), self.rng.bool());
+        let page = match self.rng.u32(0..8) {
+            0 => 0xFF,
+            1 => 8,
+            _ => self.rng.u8(0..8),
+        };
+        self.push(Head::SetPte { slot, page, writable });
+    }
+
+    fn touch(&mut self) {
+        let (slot, offset) = (self.rng.u8(0..16), self.rng.u16(0..4096));
+        let write = self.rng.bool().then(|| self.rng.u8(..));
+        self.push(Head::Touch { slot, offset, write });
+    }
+
+    /// One or a few copies. In one call a side is always by grant or always by frame: for calls
+    /// that mix them the reference is no model (spec 10.3, D-1 and D-3). Ranges that could overlap
+    /// lie in different halves of a page (N-1).
+    fn copy(&mut self) {
+        let (source_gref, dest_gref) = (self.rng.bool() && !self.tables, self.rng.bool());
+        let mut flags = CopyFlags::empty();
+        flags.set(CopyFlags::SOURCE_GREF, source_gref);
+        flags.set(CopyFlags::DEST_GREF, dest_gref);
+        let items = (0..self.few())
+            .map(|_| {
+                let source = if self.tables {
+                    (Value::Page(self.rng.u64(0..PAGES)), lit(SELF))
+                } else {
+                    self.side(source_gref)
+                };
+                let dest = self.side(dest_gref);
+                let swapped = self.one_in(2);
+                let (mut from, mut to) = (self.rng.u64(0..1500), self.rng.u64(2048..3500));
+                if swapped {
+                    (from, to) = (to, from);
+                }
+                let mut len: u64 = self.pick(&[1, 7, 8, 50, 100, 500]);
+                match self.rng.u32(0..30) {
+                    0 => len = 0,
+                    1 => {
+                        (from, len) =
+                            self.pick(&[(0, 4097), (4095, 2), (0xFFFF, 1), (0xFFFF, 0xFFFF), (4096, 1)])
+                    }
+                    2 => (to, len) = self.pick(&[(1, 4096), (4095, 2), (0xFFFF, 1), (4097, 0), (4096, 1)]),
+                    _ => {}
+                }
+                // Words that the operation ignores.
+                let ignored = if self.one_in(30) { 0xFFFC } else { 0 };
+                vec![
+                    source.0,
+                    source.1,
+                    lit(from),
+                    dest.0,
+                    dest.1,
+                    lit(to),
+                    lit(len),
+                    lit(u64::from(flags.bits()) | ignored),
+                    STATUS_BEFORE,
+                ]
+            })
+            .collect();
+        self.call(Op::Copy, items);
+    }
+
+    fn side(&mut self, gref: bool) -> (Value, Value) {
+        if gref {
+            (lit(self.granted_ref()), self.self_or_dom())
+        } else {
+            let frame = if self.one_in(8) {
+                self.any_frame()
+            } else {
+                Value::Page(self.rng.u64(0..PAGES))
+            };
+            let dom = if self.one_in(20) { self.dom() } else { lit(SELF) };
+            (frame, dom)
+        }
+    }
+
+    fn swap(&mut self) {
+        let items = (0..self.few())
+            .map(|_| vec![lit(self.granted_ref()), lit(self.any_ref()), STATUS_BEFORE])
+            .collect();
+        self.call(Op::SwapGrantRef, items);
+    }
+
+    fn set_version(&mut self, version: u32) {
+        if (1..=2).contains(&version) {
+            // It may fail; the picture is rough.
+            self.version = version;
+        }
+        self.call(Op::SetVersion, vec![vec![lit(version)]]);
+    }
+
+    fn get_version(&mut self) {
+        let item = vec![self.self_or_dom(), lit(0x1234_u64), lit(0x5555_5555_u64)];
+        self.call(Op::GetVersion, vec![item]);
+    }
+
+    fn query_size(&mut self) {
+        let before = lit(0x5555_5555_u64);
+        let item = vec![self.self_or_dom(), before, before, STATUS_BEFORE];
+        self.call(Op::QuerySize, vec![item]);
+    }
+
+    fn list(&mut self) -> Value {
+        let short = 8 * self.rng.u32(0..5);
+        match self.rng.u32(0..12) {
+            0 => Value::Area(LIST, AREA_BYTES - short),
+            1 => lit(RESERVED),
+            2 => lit(NO_TABLE),
+            _ => Value::Area(LIST, 0),
+        }
+    }
+
+    fn setup_table(&mut self) {
+        let nr = match self.rng.u32(0..8) {
+            0 => self.max_frames + self.rng.u32(1..3),
+            1 => self.rng.u32(0..=self.max_frames),
+            2 => self.pick(&[0xFFFF_FFFF, 0x8000_0000]),
+            _ => self.rng.u32(0..4),
+        };
+        let item = vec![self.self_or_dom(), lit(nr), STATUS_BEFORE, self.list()];
+        self.call(Op::SetupTable, vec![item]);
+    }
+
+    fn get_status_frames(&mut self) {
+        let nr = self.pick(&[0_u64, 1, 1, 1, 2, 8, 9, 0xFFFF_FFFF]);
+        let item = vec![lit(nr), self.self_or_dom(), STATUS_BEFORE, self.list()];
+        self.call(Op::GetStatusFrames, vec![item]);
+    }
+
+    fn cache_flush(&mut self) {
+        let items = (0..self.few())
+            .map(|_| {
+                let page = self.rng.u64(0..PAGES);
+                let addr = match self.rng.u32(0..8) {
+                    0 => lit(0xFFFF_FFF0_0000_u64),
+                    1 => Value::PageAddr(SLOTS_TABLE, 0),
+                    _ => Value::PageAddr(page, self.pick(&[0, 0, 0xFFF])),
+                };
+                let (offset, length): (u64, u64) = self.pick(&[
+                    (0, 4096),
+                    (0, 10),
+                    (4095, 1),
+                    (4095, 2),
+                    (4096, 0),
+                    (0, 0),
+                    (0, 4097),
+                ]);
+                let op = self.pick(&[1_u64, 3, 3, 2, 0, 4, 0x8000_0000, 0x8000_0001]);
+                vec![addr, lit(offset), lit(length), lit(op)]
+            })
+            .collect();
+        self.call(Op::CacheFlush, items);
+    }
+
+    /// Transfers that must leave the page where it is: every page of the caller's has a mapping.
+    fn transfer(&mut self) {
+        let items = (0..self.few())
+            .map(|_| {
+                let mfn = self.any_frame();
+                vec![mfn, self.dom(), lit(self.granted_ref()), STATUS_BEFORE]
+            })
+            .collect();
+        self.call(Op::Transfer, items);
+    }
+
+    /// Commands that there are not.
+    fn raw(&mut self) {
+        let command = self.pick(&[
+            3,
+            13,
+            99,
+            0xFFF,
+            0x1000,
+            0x1003,
+            0x1005,
+            0x8000_0000,
+            0xFFFF_FFFF,
+            0x1_0000_0003,
+            0x100D,
+        ]);
+        let count = self.pick(&[0, 1, 1, 2, 0x8000_0000]);
+        let place = self.pick(&[
+            Place::Area(0, 0),
+            Place::Area(1, AREA_BYTES),
+            Place::Lit(RESERVED),
+        ]);
+        let item = vec![lit(SELF), STATUS_BEFORE];
+        self.steps.push(Step {
+            head: Head::Call(CallHead {
+                command,
+                op: Op::DumpTable,
+                place,
+                count,
+                total: 1,
+                items: 1,
+            }),
+            items: vec![item],
+        });
+    }
+
+    /// States that a well-behaved kernel does not get into.
+    fn odd_state(&mut self) {
+        if self.one_in(2) {
+            let hold = self.rng.bool();
+            self.push(Head::HoldStatus(hold));
+        } else {
+            let index = self.granted_ref();
+            let value = self.pick(&[0, 0x8, 0x10, 0x18, 0x8000, 0xFFFF]);
+            self.push(Head::StatusWord { index, value });
+        }
+    }
+}

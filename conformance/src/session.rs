@@ -1,0 +1,407 @@
+//! Random programs, played on both sides, and what differs, made small.
+
+use std::fmt::Write;
+
+use fastrand::Rng;
+use gnttab_abi::Op;
+use gnttab_conformance::script::{CallHead, Head, Place, Step, Value, fields};
+use serde::Serialize;
+
+use crate::engine_world::{EngineWorld, Settings};
+use crate::generate::program;
+use crate::real_xen::{RealXen, Tools, XenError};
+
+/// Programs that are handed over at once.
+const BATCH: usize = 256;
+/// Bytes and steps of a batch: what fits the mailbox.
+const BATCH_BYTES: usize = 900_000;
+const BATCH_STEPS: usize = 50_000;
+/// Programs that are tried to make one smaller.
+const TRIES: u32 = 400;
+
+/// What a run found.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    /// Seed of the programs.
+    pub(crate) seed: u64,
+    /// Hypercalls made.
+    pub(crate) operations: u64,
+    /// Arguments of them.
+    pub(crate) items: u64,
+    /// Programs played.
+    pub(crate) scripts: u64,
+    /// What differed.
+    pub(crate) differences: Vec<Difference>,
+}
+
+/// A program whose answers differ.
+#[derive(Debug, Serialize)]
+pub(crate) struct Difference {
+    /// Its number in the run.
+    pub(crate) script: u64,
+    /// Frames that the table had before.
+    pub(crate) frames: u32,
+    /// The program, made small, in words.
+    pub(crate) program: Vec<String>,
+    /// The step at which the answers part.
+    pub(crate) step: usize,
+    /// What was seen differently.
+    pub(crate) what: String,
+    /// What Xen answered.
+    pub(crate) xen: Option<u64>,
+    /// What the engine answered.
+    pub(crate) engine: Option<u64>,
+}
+
+/// Both sides, started together: their tables have grown by the same steps.
+struct Pair {
+    xen: RealXen,
+    engine: EngineWorld,
+    clean: bool,
+}
+
+impl Pair {
+    fn start(tools: &Tools, settings: Settings) -> Result<Pair, XenError> {
+        Ok(Pair {
+            xen: RealXen::start(tools, settings)?,
+            engine: EngineWorld::new(settings),
+            clean: true,
+        })
+    }
+
+    /// Plays one program on both; their words.
+    fn both(&mut self, script: &[u8], verbose: bool) -> Result<(Vec<u64>, Vec<u64>), XenError> {
+        self.xen.ask(std::iter::once(script), verbose)?;
+        let engine_clean = self.engine.run(script, verbose);
+        let mut answers = self.xen.answers()?;
+        self.clean &= engine_clean && answers.clean;
+        Ok((
+            answers.scripts.pop().unwrap_or_default(),
+            self.engine.answer.clone(),
+        ))
+    }
+}
+
+fn encode(steps: &[Step]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for step in steps {
+        step.encode(&mut bytes);
+    }
+    bytes
+}
+
+/// A program that makes the table as large as it was.
+fn grow(frames: u32) -> Vec<Step> {
+    let call = CallHead {
+        command: Op::SetupTable as u64,
+        op: Op::SetupTable,
+        place: Place::Area(0, 0),
+        count: 1,
+        total: 1,
+        items: 1,
+    };
+    let item = [0x7FF0, u64::from(frames), 0x7777].map(Value::Lit);
+    let list = Value::Area(gnttab_conformance::script::LIST, 0);
+    vec![Step {
+        head: Head::Call(call),
+        items: vec![item.into_iter().chain([list]).collect()],
+    }]
+}
+
+fn operations(steps: &[Step]) -> (u64, u64) {
+    steps.iter().fold((0, 0), |(calls, items), step| match step.head {
+        Head::Call(call) => (calls + 1, items + u64::from(call.total)),
+        _ => (calls, items),
+    })
+}
+
+/// Plays programs until there were enough operations, or enough differences.
+pub(crate) fn compare(
+    tools: Option<&Tools>,
+    settings: Settings,
+    seed: u64,
+    enough: u64,
+    most: usize,
+) -> Result<Report, XenError> {
+    let mut report = Report {
+        seed,
+        operations: 0,
+        items: 0,
+        scripts: 0,
+        differences: Vec::new(),
+    };
+    let mut rng = Rng::with_seed(seed);
+    let Some(tools) = tools else {
+        engine_only(&mut rng, settings, enough, &mut report);
+        return Ok(report);
+    };
+    let mut pair = Pair::start(tools, settings)?;
+    let mut waiting: std::collections::VecDeque<Vec<Step>> = std::collections::VecDeque::new();
+    while report.operations < enough && report.differences.len() < most {
+        if !pair.clean {
+            drop(pair);
+            pair = Pair::start(tools, settings)?;
+        }
+        let (mut batch, mut bytes, mut steps) = (Vec::new(), 0, 0);
+        while batch.len() < BATCH {
+            let program = waiting
+                .pop_front()
+                .unwrap_or_else(|| program(&mut rng, settings.max_frames));
+            let encoded = encode(&program);
+            if bytes + encoded.len() + 8 > BATCH_BYTES || steps + program.len() + 4 > BATCH_STEPS {
+                waiting.push_front(program);
+                break;
+            }
+            bytes += encoded.len() + 8;
+            steps += program.len() + 4;
+            batch.push((program, encoded));
+        }
+        pair.xen
+            .ask(batch.iter().map(|(_, encoded)| encoded.as_slice()), false)?;
+        let (mut engine_answers, mut frames) = (Vec::new(), Vec::new());
+        let mut engine_clean = true;
+        for (_, encoded) in &batch {
+            frames.push(pair.engine.frames());
+            engine_clean = pair.engine.run(encoded, false);
+            engine_answers.push(std::mem::take(&mut pair.engine.answer));
+            if !engine_clean {
+                break;
+            }
+        }
+        let answers = pair.xen.answers()?;
+        pair.clean = answers.clean && engine_clean;
+        let mut differs = None;
+        let mut played = 0;
+        for (index, (xen, engine)) in answers.scripts.iter().zip(&engine_answers).enumerate() {
+            let (calls, items) = operations(&batch[index].0);
+            report.operations += calls;
+            report.items += items;
+            report.scripts += 1;
+            played = index + 1;
+            if xen != engine {
+                differs = Some(index);
+                break;
+            }
+        }
+        if let Some(index) = differs {
+            let number = report.scripts - 1;
+            drop(pair);
+            let found = explain(tools, settings, &batch[index].0, frames[index], number)?;
+            eprintln!("{}", told(&found));
+            report.differences.push(found);
+            pair = Pair::start(tools, settings)?;
+        }
+        // What was not played, since something was not clean any more, comes again.
+        for (program, _) in batch.drain(played..).rev() {
+            waiting.push_front(program);
+        }
+    }
+    Ok(report)
+}
+
+/// Without a real Xen: no panic, clean ends, books that balance.
+fn engine_only(rng: &mut Rng, settings: Settings, enough: u64, report: &mut Report) {
+    let mut engine = EngineWorld::new(settings);
+    while report.operations < enough {
+        let program = program(rng, settings.max_frames);
+        let clean = engine.run(&encode(&program), false);
+        let (calls, items) = operations(&program);
+        report.operations += calls;
+        report.items += items;
+        report.scripts += 1;
+        let wrong = engine.audit();
+        if !clean || !wrong.is_empty() {
+            let mut small = program;
+            let made = make_small(&mut small, &mut |fewer| {
+                let mut engine = EngineWorld::new(settings);
+                Ok(!engine.run(&encode(fewer), false) || !engine.audit().is_empty())
+            });
+            debug_assert!(made.is_ok(), "the engine is always there");
+            let found = Difference {
+                script: report.scripts - 1,
+                frames: engine.frames(),
+                step: small.len(),
+                program: small.iter().map(words).collect(),
+                what: format!("clean: {clean}; {}", wrong.join("; ")),
+                xen: None,
+                engine: None,
+            };
+            eprintln!("{}", told(&found));
+            report.differences.push(found);
+            return;
+        }
+    }
+}
+
+/// Plays a program on a pair whose table is as large as it was, and starts anew where it cannot.
+struct Lab<'t> {
+    tools: &'t Tools,
+    settings: Settings,
+    frames: u32,
+    pair: Pair,
+}
+
+impl Lab<'_> {
+    fn play(&mut self, steps: &[Step], verbose: bool) -> Result<(Vec<u64>, Vec<u64>), XenError> {
+        if !self.pair.clean || self.pair.engine.frames() > self.frames {
+            self.pair = Pair::start(self.tools, self.settings)?;
+        }
+        if self.pair.engine.frames() < self.frames {
+            self.pair.both(&encode(&grow(self.frames)), false)?;
+        }
+        self.pair.both(&encode(steps), verbose)
+    }
+
+    fn differs(&mut self, steps: &[Step]) -> Result<bool, XenError> {
+        let (xen, engine) = self.play(steps, false)?;
+        // Whoever ended differently may have left different things behind.
+        self.pair.clean &= xen.last() == engine.last();
+        Ok(xen != engine)
+    }
+}
+
+fn explain(
+    tools: &Tools,
+    settings: Settings,
+    program: &[Step],
+    frames: u32,
+    script: u64,
+) -> Result<Difference, XenError> {
+    let mut lab = Lab {
+        tools,
+        settings,
+        frames,
+        pair: Pair::start(tools, settings)?,
+    };
+    let mut steps = program.to_vec();
+    if lab.differs(&steps)? {
+        make_small(&mut steps, &mut |fewer| lab.differs(fewer))?;
+    } else {
+        eprintln!("script {script} differs only after those before it");
+    }
+    let (xen, engine) = lab.play(&steps, true)?;
+    let first = (0..xen.len().max(engine.len())).find(|at| xen.get(*at) != engine.get(*at));
+    let at = first.unwrap_or(0);
+    let seen = lab.pair.engine.seen.iter().rfind(|seen| seen.at <= at);
+    Ok(Difference {
+        script,
+        frames,
+        program: steps.iter().map(words).collect(),
+        step: seen.map_or(0, |seen| seen.step),
+        what: seen.map_or_else(String::new, |seen| format!("{} {}", seen.what, seen.index)),
+        xen: xen.get(at).copied(),
+        engine: engine.get(at).copied(),
+    })
+}
+
+/// Leaves out steps, then arguments, as long as there is a difference.
+fn make_small(
+    steps: &mut Vec<Step>,
+    differs: &mut dyn FnMut(&[Step]) -> Result<bool, XenError>,
+) -> Result<(), XenError> {
+    let mut tries = 0;
+    let mut chunk = steps.len().div_ceil(2).max(1);
+    loop {
+        let mut at = 0;
+        let mut smaller = false;
+        while at < steps.len() && tries < TRIES {
+            let mut fewer = steps.clone();
+            fewer.drain(at..(at + chunk).min(steps.len()));
+            tries += 1;
+            if differs(&fewer)? {
+                *steps = fewer;
+                smaller = true;
+            } else {
+                at += chunk;
+            }
+        }
+        if chunk == 1 && (!smaller || tries >= TRIES) {
+            break;
+        }
+        chunk = (chunk / 2).max(1);
+    }
+    for step in 0..steps.len() {
+        let mut item = 0;
+        while item < steps[step].items.len() && steps[step].items.len() > 1 && tries < TRIES {
+            let mut fewer = steps.clone();
+            fewer[step].items.remove(item);
+            if let Head::Call(call) = &mut fewer[step].head
+                && call.total == call.items
+                && call.count == u64::from(call.items)
+            {
+                call.items -= 1;
+                call.total -= 1;
+                call.count -= 1;
+            } else {
+                break;
+            }
+            tries += 1;
+            if differs(&fewer)? {
+                *steps = fewer;
+            } else {
+                item += 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+// --- in words -----------------------------------------------------------------------------------
+
+fn told(difference: &Difference) -> String {
+    let mut text = format!(
+        "script {} (table of {} frames): {} at step {}: xen {:x?}, engine {:x?}",
+        difference.script,
+        difference.frames,
+        difference.what,
+        difference.step,
+        difference.xen,
+        difference.engine
+    );
+    for (index, step) in difference.program.iter().enumerate() {
+        let _ = write!(text, "\n  {index}: {step}");
+    }
+    text
+}
+
+fn words(step: &Step) -> String {
+    match step.head {
+        Head::Call(call) => {
+            let mut text = format!("{} at {:?}", call.op, call.place);
+            if call.command != call.op as u64 {
+                let _ = write!(text, " command {:#x}", call.command);
+            }
+            if call.count != step.items.len() as u64 || call.total != call.items {
+                let _ = write!(text, " count {:#x} of {}", call.count, call.total);
+            }
+            for item in &step.items {
+                text.push_str(" {");
+                for (field, value) in fields(call.op).iter().zip(item) {
+                    let _ = write!(text, " {}: {}", field.name, value_words(*value));
+                }
+                text.push_str(" }");
+            }
+            text
+        }
+        Head::Entry {
+            other,
+            version,
+            offset,
+            size,
+            value,
+        } => format!(
+            "version {version}: store {} bytes at {offset:#x} of {} table: {}",
+            size,
+            if other { "the other's" } else { "the" },
+            value_words(value)
+        ),
+        other => format!("{other:?}"),
+    }
+}
+
+fn value_words(value: Value) -> String {
+    match value {
+        Value::Lit(n) => format!("{n:#x}"),
+        other => format!("{other:?}"),
+    }
+}
