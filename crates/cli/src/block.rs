@@ -88,9 +88,6 @@ pub(crate) enum DeviceError {
     /// The place where the image lives is full.
     #[error("no space left where the image lives")]
     NoSpace,
-    /// The disk is going away.
-    #[error("the disk is shutting down")]
-    Shutdown,
 }
 
 /// One queue of a disk, owned by one thread.

@@ -77,7 +77,6 @@ struct Versioned<T> {
 pub(crate) struct Control {
     stop: Bell,
     thread: Option<JoinHandle<()>>,
-    path: PathBuf,
 }
 
 impl Control {
@@ -104,13 +103,7 @@ impl Control {
         Ok(Control {
             stop,
             thread: Some(thread),
-            path,
         })
-    }
-
-    /// Where it is.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
     }
 }
 

@@ -51,9 +51,10 @@ pub(crate) struct Domain {
     /// The highest grant-table version it may set.
     #[serde(default)]
     pub(crate) max_grant_version: Bounded<1, 2, 2>,
-    /// A program to start in it, with its arguments; without one it serves or exports its disks.
-    #[serde(default)]
-    pub(crate) program: Option<Spanned<Vec<String>>>,
+    /// A program to start in it, and its arguments; without one it serves and exports its disks. A relative path starts at
+    /// the machine file's folder.
+    #[serde(default, deserialize_with = "program")]
+    pub(crate) program: Option<(PathBuf, Vec<String>)>,
 }
 
 /// One disk from one domain to another.
@@ -85,6 +86,14 @@ pub(crate) struct Disk {
     /// The same on a port of 127.0.0.1.
     #[serde(default)]
     pub(crate) port: Option<Spanned<u16>>,
+}
+
+fn program<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<(PathBuf, Vec<String>)>, D::Error> {
+    let mut words = Vec::<String>::deserialize(deserializer)?;
+    if words.is_empty() {
+        return Err(de::Error::custom("give the program's path, then its arguments"));
+    }
+    Ok(Some((words.remove(0).into(), words)))
 }
 
 fn yes() -> bool {
@@ -305,6 +314,13 @@ impl Machine {
             }
         })?;
         let folder = path.parent().unwrap_or(Path::new(""));
+        for (path, _) in machine
+            .domains
+            .iter_mut()
+            .filter_map(|domain| domain.program.as_mut())
+        {
+            *path = folder.join(&*path);
+        }
         for disk in &mut machine.disks {
             for path in std::iter::once(&mut disk.image).chain(&mut disk.socket) {
                 let from_folder = folder.join(path.get_ref());
@@ -338,11 +354,6 @@ impl Machine {
             {
                 let why = format!("there is a domain '{}' already", domain.name.get_ref());
                 return Err(Wrong::at(&domain.name, why));
-            }
-            if let Some(program) = &domain.program
-                && program.get_ref().is_empty()
-            {
-                return Err(Wrong::at(program, "give the program's path, then its arguments"));
             }
         }
         Ok(())

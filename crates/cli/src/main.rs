@@ -37,7 +37,6 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 use crate::args::{Cli, Command};
-use crate::failure::Failure;
 
 fn main() -> ExitCode {
     if let Some(code) = gnttab_host::launch::domain_main(roles::ROLES) {

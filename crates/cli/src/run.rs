@@ -1,11 +1,23 @@
 //! `gnttab run`: a machine from a file.
 
+use std::time::{Duration, Instant};
+
+use gnttab_engine::{Limits, Version};
+use serde_json::{Value, json};
+use toml::Spanned;
+
 use crate::args::Run;
 use crate::failure::Failure;
-use crate::machine::{self, Machine};
+use crate::image::Image;
+use crate::live::Stop;
+use crate::machine::{self, Disk, Domain, Machine, Name};
+use crate::nbd::listener::Listener;
+use crate::nbd::server::Totals;
 use crate::output;
+use crate::roles::{News, Word};
+use crate::session::{DiskPlan, DomainPlan, Event, JobPlan, ProgramPlan, RingPlan, Session};
 
-/// Runs the machine until it is told to stop or has nothing left to do.
+/// Runs the machine until it is told to stop or every program has ended.
 pub(crate) fn main(args: &Run) -> Result<(), Failure> {
     if args.example {
         output::line(machine::EXAMPLE.trim_end());
@@ -15,17 +27,205 @@ pub(crate) fn main(args: &Run) -> Result<(), Failure> {
         return Err(Failure::wrong_use("no machine file given").next("see: gnttab run --help"));
     };
     let machine = Machine::load(path)?;
+    let talk = Talk { json: args.json };
     if args.check {
         let (domains, disks) = (machine.domains.len(), machine.disks.len());
-        if args.json {
-            output::json("run", serde_json::json!({ "domains": domains, "disks": disks }));
-        } else {
-            output::say(&format!(
+        talk.tell(
+            json!({ "event": "checked", "domains": domains, "disks": disks }),
+            &format!(
                 "{}: {domains} domains, {disks} disks, no mistakes found",
                 path.display()
-            ));
-        }
+            ),
+        );
         return Ok(());
     }
-    Err(Failure::new("run: not there yet"))
+    let name = path
+        .file_stem()
+        .map_or_else(|| "machine".into(), |stem| stem.to_string_lossy().into_owned());
+    run(&name, &machine, talk)
+}
+
+fn run(name: &str, machine: &Machine, talk: Talk) -> Result<(), Failure> {
+    let stop = Stop::new()?;
+    let domains = machine
+        .domains
+        .iter()
+        .map(domain_plan)
+        .collect::<Result<Vec<_>, _>>()?;
+    let disks = machine
+        .disks
+        .iter()
+        .map(|disk| disk_plan(disk, machine))
+        .collect::<Result<Vec<_>, _>>()?;
+    let addresses: Vec<Option<String>> = disks
+        .iter()
+        .map(|disk| match &disk.job {
+            JobPlan::Export(listener) => Some(listener.to_string()),
+            JobPlan::Role(_) | JobPlan::Program => None,
+        })
+        .collect();
+    let mut programs = domains
+        .iter()
+        .filter(|domain| matches!(domain.program, ProgramPlan::Executable(..)))
+        .count();
+    let has_programs = programs > 0;
+    let started = Instant::now();
+    let mut session = Session::start(name, domains, disks)?;
+    for domain in session.infos() {
+        let pid = domain.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+        talk.tell(
+            json!({ "event": "started", "id": domain.id, "name": domain.name, "pid": domain.pid, "isolated": domain.isolated }),
+            &format!("d{} {}, process {pid}", domain.id, domain.name),
+        );
+    }
+    let mut bad = Vec::new();
+    let mut totals = vec![Totals::default(); addresses.len()];
+    let mut announced = vec![false; addresses.len()];
+    while !stop.asked_within(Duration::ZERO) && (!has_programs || programs > 0) {
+        match session.next_event(Duration::from_millis(200))? {
+            Some(Event::Word(Word {
+                disk,
+                news: News::Ready,
+            })) => {
+                let address = addresses.get(disk).cloned().flatten();
+                if let Some(address) = address.filter(|_| !std::mem::replace(&mut announced[disk], true)) {
+                    talk.serving(disk, &machine.disks[disk], &address);
+                }
+            }
+            Some(Event::Word(Word {
+                disk,
+                news: News::Totals(now),
+            })) => {
+                if let Some(totals) = totals.get_mut(disk) {
+                    *totals = now;
+                }
+            }
+            Some(Event::Restarted { name, how }) => talk.tell(
+                json!({ "event": "restarted", "domain": name, "how": how }),
+                &format!("domain {name} {how}; another has taken its place"),
+            ),
+            Some(Event::Ended { name, how, good }) => {
+                programs -= 1;
+                talk.tell(
+                    json!({ "event": "ended", "domain": name, "how": how }),
+                    &format!("domain {name} {how}"),
+                );
+                bad.extend((!good).then(|| format!("domain {name} {how}")));
+            }
+            Some(Event::Word(_)) | None => {}
+        }
+    }
+    session.stop(|word| {
+        if let (News::Totals(now), Some(totals)) = (word.news, totals.get_mut(word.disk)) {
+            *totals = now;
+        }
+    })?;
+    let seconds = started.elapsed().as_secs_f64();
+    talk.tell(
+        json!({ "event": "stopped", "seconds": seconds, "disks": totals }),
+        &format!("stopped after {seconds:.1} s"),
+    );
+    if bad.is_empty() {
+        Ok(())
+    } else {
+        Err(Failure::new(bad.join("; ")))
+    }
+}
+
+/// What happens, for people or programs.
+#[derive(Debug, Clone, Copy)]
+struct Talk {
+    json: bool,
+}
+
+impl Talk {
+    fn tell(self, event: Value, text: &str) {
+        if self.json {
+            output::json("run", event);
+        } else {
+            output::say(text);
+        }
+    }
+
+    /// The address alone is data.
+    fn serving(self, number: usize, disk: &Disk, address: &str) {
+        let image = disk.image.get_ref();
+        if self.json {
+            output::json(
+                "run",
+                json!({ "event": "serving", "disk": number, "image": image, "address": address }),
+            );
+        } else {
+            output::line(&format!("{} {address}", image.display()));
+        }
+    }
+}
+
+fn domain_plan(domain: &Domain) -> Result<DomainPlan, Failure> {
+    let name = domain.name.get_ref();
+    let version = if domain.max_grant_version.get() == 1 {
+        Version::V1
+    } else {
+        Version::V2
+    };
+    let limits = Limits {
+        grant_frames: Some(domain.grant_frames.get()),
+        maptrack_frames: Some(domain.maptrack_frames.get()),
+        version,
+        vcpus: usize::try_from(domain.vcpus.get()).unwrap_or(1),
+        ..Limits::default()
+    };
+    let program = match &domain.program {
+        None => ProgramPlan::Disks,
+        Some((path, arguments)) => {
+            if !path.is_file() {
+                return Err(
+                    Failure::new(format!("domain {name}: program {}: no such file", path.display()))
+                        .next("build it, or correct the machine file's path"),
+                );
+            }
+            ProgramPlan::Executable(path.clone(), arguments.clone())
+        }
+    };
+    let ram_pages = u32::try_from(domain.memory.pages()).unwrap_or(u32::MAX);
+    Ok(DomainPlan {
+        name: name.to_string(),
+        ram_pages,
+        limits,
+        program,
+    })
+}
+
+fn disk_plan(disk: &Disk, machine: &Machine) -> Result<DiskPlan, Failure> {
+    let number = |name: &Spanned<Name>| {
+        machine
+            .domains
+            .iter()
+            .position(|domain| domain.name == *name)
+            .unwrap_or(0)
+    };
+    let image = Image::open(disk.image.get_ref(), disk.read_only)?;
+    let listener = match (&disk.socket, &disk.port) {
+        (Some(path), _) => Some(Listener::unix(path.get_ref())),
+        (None, Some(port)) => Some(Listener::tcp(*port.get_ref())),
+        (None, None) => None,
+    };
+    let job = match listener {
+        Some(Ok(listener)) => JobPlan::Export(listener),
+        Some(Err(error)) => {
+            return Err(Failure::new(error).next("choose another in the machine file"));
+        }
+        None => JobPlan::Program,
+    };
+    Ok(DiskPlan {
+        image,
+        backend: number(&disk.backend),
+        frontend: number(&disk.frontend),
+        rings: RingPlan {
+            queues: disk.queues.get(),
+            order: disk.ring_order.get(),
+            persistent: disk.persistent,
+        },
+        job,
+    })
 }

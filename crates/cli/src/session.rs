@@ -23,7 +23,7 @@ use crate::control::Control;
 use crate::failure::Failure;
 use crate::image::Image;
 use crate::nbd::listener::Listener;
-use crate::roles::{self, DISKS, Orders, Word, backend, frontend, shutdown_node};
+use crate::roles::{DISKS, Orders, Word, backend, frontend, shutdown_node};
 use crate::store::StoreClient;
 
 /// How long domains may take to let go of a disk.
@@ -309,7 +309,7 @@ impl Session {
             ram_pages: running.plan.ram_pages,
             shareable_pages: granted_pages,
             foreign_pages: mapped_pages,
-            limits: running.plan.limits.clone(),
+            limits: running.plan.limits,
             ..DomainSpec::new(&running.plan.name, program)
         };
         self.monitor.create(spec).map_err(failed)?;

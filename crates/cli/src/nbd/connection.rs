@@ -213,7 +213,6 @@ impl Connection {
             Err(DeviceError::Io) => wire::EIO,
             Err(DeviceError::Unsupported) => wire::ENOTSUP,
             Err(DeviceError::NoSpace) => wire::ENOSPC,
-            Err(DeviceError::Shutdown) => wire::ESHUTDOWN,
         };
         self.output
             .push(wire::simple_reply(error, pending.cookie).to_vec());

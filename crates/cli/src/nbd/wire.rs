@@ -60,7 +60,6 @@ pub(super) const EIO: u32 = 5;
 pub(super) const EINVAL: u32 = 22;
 pub(super) const ENOSPC: u32 = 28;
 pub(super) const ENOTSUP: u32 = 95;
-pub(super) const ESHUTDOWN: u32 = 108;
 
 /// Bytes of a request's head.
 pub(super) const REQUEST_SIZE: usize = 28;

@@ -175,7 +175,8 @@ fn disks(start: Start) -> Result<(), RoleError> {
         for backend in &mut backends {
             steps.push(backend.step(&mut joined, leave)?);
         }
-        if steps.iter().all(|step| *step == Step::Over) {
+        // A domain without disks is there for others to look at.
+        if steps.iter().all(|step| *step == Step::Over) && (leave || !steps.is_empty()) {
             return Ok(());
         }
         if !steps.contains(&Step::Moved) {

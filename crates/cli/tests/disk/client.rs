@@ -10,13 +10,13 @@ const WRITE: u16 = 1;
 const FLUSH: u16 = 3;
 
 /// A connection past its handshake.
-pub struct Client {
+pub(crate) struct Client {
     stream: UnixStream,
-    pub size: u64,
+    pub(crate) size: u64,
 }
 
 impl Client {
-    pub fn connect(socket: &Path) -> io::Result<Client> {
+    pub(crate) fn connect(socket: &Path) -> io::Result<Client> {
         let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         stream.read_exact(&mut [0; 18])?;
@@ -48,7 +48,7 @@ impl Client {
         }
     }
 
-    pub fn read(&mut self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+    pub(crate) fn read(&mut self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
         self.send(READ, offset, length, &[])?;
         self.reply()?;
         let mut data = vec![0; length];
@@ -57,7 +57,7 @@ impl Client {
     }
 
     /// Writes several places at once; the offsets that were acknowledged before anything went wrong.
-    pub fn write_all(&mut self, writes: &[(u64, Vec<u8>)]) -> (Vec<u64>, io::Result<()>) {
+    pub(crate) fn write_all(&mut self, writes: &[(u64, Vec<u8>)]) -> (Vec<u64>, io::Result<()>) {
         let mut acknowledged = Vec::new();
         let outcome = (|| {
             for (offset, data) in writes {
@@ -71,14 +71,14 @@ impl Client {
         (acknowledged, outcome)
     }
 
-    pub fn flush(&mut self) -> io::Result<()> {
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
         self.send(FLUSH, 0, 0, &[])?;
         self.reply().map(drop)
     }
 }
 
 /// Bytes that follow from a seed.
-pub fn pattern(seed: u64, length: usize) -> Vec<u8> {
+pub(crate) fn pattern(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let words = std::iter::repeat_with(|| {
         state ^= state << 13;

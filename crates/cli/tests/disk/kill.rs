@@ -1,7 +1,7 @@
 //! `kill -9` of each process in mid-write: what was acknowledged before a flush is in the image.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -13,7 +13,11 @@ const BLOCK: u64 = 64 << 10;
 
 /// Writes round after round until the connection breaks or `stop`; what every place must hold: the last content whose write
 /// was acknowledged before a flush, or one that was written later.
-fn write_until_it_breaks(mut client: Client, stop: &AtomicBool) -> BTreeMap<u64, Vec<u64>> {
+fn write_until_it_breaks(
+    mut client: Client,
+    rounds: &AtomicU64,
+    stop: &AtomicBool,
+) -> BTreeMap<u64, Vec<u64>> {
     // By place: the flushed seed, then all seeds sent since.
     let mut possible: BTreeMap<u64, Vec<u64>> = (0..SIZE / BLOCK).map(|n| (n * BLOCK, vec![0])).collect();
     for round in 1.. {
@@ -32,6 +36,7 @@ fn write_until_it_breaks(mut client: Client, stop: &AtomicBool) -> BTreeMap<u64,
         for offset in acknowledged {
             possible.insert(offset, vec![seed(offset)]);
         }
+        rounds.store(round, Ordering::Relaxed);
         if stop.load(Ordering::Relaxed) {
             return possible;
         }
@@ -75,10 +80,13 @@ fn kill_in_mid_write(victim: impl FnOnce(&Served) -> i32) -> (Served, BTreeMap<u
         std::fs::File::create(path).unwrap().set_len(SIZE).unwrap();
     });
     let client = Client::connect(&served.socket()).unwrap();
-    let stop = AtomicBool::new(false);
+    let (rounds, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     let possible = thread::scope(|scope| {
-        let writer = scope.spawn(|| write_until_it_breaks(client, &stop));
-        thread::sleep(Duration::from_millis(400));
+        let writer = scope.spawn(|| write_until_it_breaks(client, &rounds, &stop));
+        while rounds.load(Ordering::Relaxed) < 20 {
+            assert!(!writer.is_finished(), "it broke before anything was killed");
+            thread::sleep(Duration::from_millis(1));
+        }
         kill(victim(&served), "KILL");
         thread::sleep(Duration::from_millis(600));
         stop.store(true, Ordering::Relaxed);

@@ -1,6 +1,6 @@
 //! A running `gnttab disk`.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// `gnttab disk` in a process, serving an image in a folder of its own. Killed when dropped.
-pub struct Served {
-    pub folder: tempfile::TempDir,
-    pub uri: String,
+pub(crate) struct Served {
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) uri: String,
     child: Child,
     out: BufReader<ChildStdout>,
     serving: Value,
@@ -18,7 +18,7 @@ pub struct Served {
 
 impl Served {
     /// Serves the image that `make` makes, with more arguments. Waits until clients can come.
-    pub fn new(args: &[&str], make: impl FnOnce(&Path)) -> Served {
+    pub(crate) fn new(args: &[&str], make: impl FnOnce(&Path)) -> Served {
         let folder = tempfile::tempdir().unwrap();
         make(&folder.path().join("disk.img"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_gnttab"));
@@ -46,50 +46,50 @@ impl Served {
     }
 
     /// An image of `bytes` with content that differs everywhere.
-    pub fn patterned(args: &[&str], bytes: usize) -> Served {
+    pub(crate) fn patterned(args: &[&str], bytes: usize) -> Served {
         Served::new(args, |path| {
             std::fs::write(path, super::client::pattern(7, bytes)).unwrap()
         })
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    pub fn image(&self) -> PathBuf {
+    pub(crate) fn image(&self) -> PathBuf {
         self.path("disk.img")
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.path("disk.sock")
     }
 
     /// The process of a domain, by its name.
-    pub fn pid(&self, domain: &str) -> i32 {
+    pub(crate) fn pid(&self, domain: &str) -> i32 {
         let domains = self.serving["domains"].as_array().unwrap();
         let found = domains.iter().find(|other| other["name"] == domain).unwrap();
         found["pid"].as_i64().unwrap().try_into().unwrap()
     }
 
     /// The process of the command itself, which is the monitor.
-    pub fn monitor(&self) -> i32 {
+    pub(crate) fn monitor(&self) -> i32 {
         self.child.id().try_into().unwrap()
     }
 
     /// The next line of its output.
-    pub fn event(&mut self) -> Value {
+    pub(crate) fn event(&mut self) -> Value {
         read_event(&mut self.out)
     }
 
     /// Asks it to stop, as Ctrl-C does, and waits for its end and its last words.
-    pub fn stop(mut self) -> (ExitStatus, Value) {
+    pub(crate) fn stop(mut self) -> (ExitStatus, Value) {
         kill(self.monitor(), "INT");
         let stopped = self.event();
         (self.wait(), stopped)
     }
 
     /// Waits for its end.
-    pub fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         let since = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -115,7 +115,7 @@ fn read_event(out: &mut impl std::io::BufRead) -> Value {
 }
 
 /// Sends a signal to a process that this test started.
-pub fn kill(pid: i32, signal: &str) {
+pub(crate) fn kill(pid: i32, signal: &str) {
     assert!(
         Command::new("kill")
             .args(["-s", signal, &pid.to_string()])
@@ -126,7 +126,7 @@ pub fn kill(pid: i32, signal: &str) {
 }
 
 /// Whether a program is there; says so if not.
-pub fn have(program: &str) -> bool {
+pub(crate) fn have(program: &str) -> bool {
     let quiet = || Stdio::null();
     let found = Command::new(program)
         .arg("--help")
@@ -142,7 +142,7 @@ pub fn have(program: &str) -> bool {
 
 /// Runs a program that must succeed; what it printed.
 #[track_caller]
-pub fn run(program: &str, args: &[&str]) -> String {
+pub(crate) fn run(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).output().unwrap();
     let (out, err) = (
         String::from_utf8_lossy(&output.stdout),
