@@ -132,7 +132,7 @@ impl Generator<'_> {
             0 if self.tables => Value::Page(SLOTS_TABLE),
             1 if self.tables => Value::Page(TABLE),
             2 => lit(self.rng.choice(BAD_FRAMES).unwrap_or(BAD_FRAMES[0])),
-            3 if self.version == 2 => Value::Page(STATUS),
+            3 if self.version == 2 && self.tables => Value::Page(STATUS),
             _ => Value::Page(self.rng.u64(0..PAGES)),
         }
     }
@@ -245,9 +245,11 @@ impl Generator<'_> {
                     place = Place::Lit(self.pick(&[NO_TABLE, RESERVED, 0xFFFF_87FF_FFFF_F000]));
                 }
             }
-            // An argument across the edge.
+            // An argument across the edge of what is mapped. Not across that of what is writable:
+            // how much of a faulting write is done is the guest memory's affair.
             if let Place::Area(area, at) = place
                 && fit >= 16
+                && (area == 1 || at >= AREA_BYTES)
                 && self.one_in(3)
             {
                 place = Place::Area(area, at + 8);
@@ -533,6 +535,8 @@ impl Generator<'_> {
     }
 
     fn set_version(&mut self, version: u32) {
+        // What number a status page has in the next version 2 is anybody's guess.
+        let version = if self.tables && version == 1 { 2 } else { version };
         if (1..=2).contains(&version) {
             // It may fail; the picture is rough.
             self.version = version;

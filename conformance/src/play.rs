@@ -10,7 +10,7 @@ use gnttab_abi::Op;
 
 use crate::script::{
     CallHead, Field, Head, LIST, MOST_FIELDS, NO_HANDLE, OTHER_PAGES, PAGES, Place, Reader, SLOTS,
-    SLOTS_TABLE, Value, fields, is_backed,
+    SLOTS_TABLE, STATUS, TABLE, Value, fields, is_backed,
 };
 
 /// Present, writable, user, write-through, cache-disable, attribute index, the guest's own bits
@@ -541,7 +541,7 @@ impl<W: World> Play<'_, W> {
         let other = OTHER_PAGES..OTHER_PAGES + self.world.other_pages();
         for page in (0..=SLOTS_TABLE)
             .chain(other.clone())
-            .chain([crate::script::TABLE])
+            .chain([TABLE, STATUS])
         {
             let Some(frame) = self.world.frame(page) else {
                 continue;
@@ -551,7 +551,7 @@ impl<W: World> Play<'_, W> {
         if !self.is_live(handle) {
             return true;
         }
-        for page in (0..=SLOTS_TABLE).chain(other).chain([crate::script::TABLE]) {
+        for page in (0..=SLOTS_TABLE).chain(other).chain([TABLE, STATUS]) {
             for writable in [true, false] {
                 self.world.set_pte(0, None);
                 if self.world.set_pte(0, Some((page, writable))) {

@@ -1,8 +1,8 @@
 //! `copy` (spec 5).
 //!
-//! The checks of an item, in order: by-frame sides must say `DOMID_SELF`, then that domain must
-//! exist, source before destination; policy; the source's claim; the destination's claim and page
-//! type; both ranges within a page; the source's granted range; the destination's.
+//! The checks of an item, in order: the domains of both sides exist, source before destination;
+//! policy; a source by frame says `DOMID_SELF`; the source's claim; the same for the destination,
+//! and its page type; both ranges within a page; the source's granted range; the destination's.
 //!
 //! Between items of one call the claims of both sides are kept as long as they are for the same
 //! thing. What must always hold:
@@ -131,6 +131,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         }
         // 2, 3
         let by_grant = |flag| item.flags.contains(flag);
+        by_frame_is_own(&item.source, by_grant(CopyFlags::SOURCE_GREF))?;
         let source = self.keep_or_claim(
             caller,
             run.source.take(),
@@ -140,6 +141,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         )?;
         let source = run.source.insert(source);
         let (from, source_range) = (source.mfn, (source.start, source.end));
+        by_frame_is_own(&item.dest, by_grant(CopyFlags::DEST_GREF))?;
         let dest = self.keep_or_claim(
             caller,
             run.dest.take(),
@@ -171,8 +173,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         Ok(())
     }
 
-    /// Step 1: both domains, and whether the policy lets bytes go from one to the other. The
-    /// by-frame rule is checked for every item, whatever is kept (D-1).
+    /// Step 1: both domains, and whether the policy lets bytes go from one to the other.
     fn copy_domains(
         &mut self,
         caller: &Arc<Domain<H>>,
@@ -183,20 +184,10 @@ impl<H: Hypervisor> Processor<'_, H> {
         if run.pair.as_ref().is_some_and(|kept| kept.0 != pair) {
             self.end_copy(run);
         }
-        let by_frame = |side: &CopyPtr, flag| !item.flags.contains(flag) && side.domid != DomId::SELF;
-        let kept = run.pair.is_some();
-        if by_frame(&item.source, CopyFlags::SOURCE_GREF) {
-            return Err(GrantStatus::PERMISSION_DENIED);
+        if run.pair.is_some() {
+            return Ok(());
         }
-        let source = if kept {
-            None
-        } else {
-            Some(self.copy_domain(caller, pair.0)?)
-        };
-        if by_frame(&item.dest, CopyFlags::DEST_GREF) {
-            return Err(GrantStatus::PERMISSION_DENIED);
-        }
-        let Some(source) = source else { return Ok(()) };
+        let source = self.copy_domain(caller, pair.0)?;
         let dest = self.copy_domain(caller, pair.1)?;
         if !self
             .engine
@@ -548,6 +539,17 @@ const WHOLE: (u32, u32) = (0, 4096);
 /// Whether the uses that an entry is in need no look at the shared entry for one more.
 fn suffices(state: State, access: Access) -> bool {
     state.is_pinned() && (access == Access::Read || state.is_write_pinned())
+}
+
+/// A side by frame must say `DOMID_SELF`, and neither another id nor the caller's own number. Asked
+/// for every item, whatever is kept (D-1), before the side is claimed: a real Xen looks for both
+/// domains first, and claims the source before it minds what the destination says.
+fn by_frame_is_own(side: &CopyPtr, by_grant: bool) -> Result<(), GrantStatus> {
+    if by_grant || side.domid == DomId::SELF {
+        Ok(())
+    } else {
+        Err(GrantStatus::PERMISSION_DENIED)
+    }
 }
 
 /// The usable range of an entry in a given state; of a transitive one, that of its far entry,
