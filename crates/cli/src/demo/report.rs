@@ -159,10 +159,14 @@ impl Report {
         writeln!(text, "{}", paint.title(&title))?;
         let outcome = &disk.outcome;
         let rows = [
-            ("read, 256 KiB at a time", outcome.large_reads),
-            ("written, 256 KiB at a time, then flushed", outcome.large_writes),
-            ("read, 4 KiB all over it", outcome.small_reads),
+            (
+                "read for the first time, making pages shareable",
+                outcome.first_reads,
+            ),
             ("written, 4 KiB all over it", outcome.small_writes),
+            ("written, 256 KiB at a time, then flushed", outcome.large_writes),
+            ("read back, 256 KiB at a time", outcome.large_reads),
+            ("read back, 4 KiB all over it", outcome.small_reads),
         ]
         .map(|(what, pace)| {
             [
@@ -236,10 +240,11 @@ impl Report {
     fn requests(&self) -> u64 {
         let outcome = &self.disk.outcome;
         let all = [
-            outcome.large_reads,
-            outcome.large_writes,
-            outcome.small_reads,
+            outcome.first_reads,
             outcome.small_writes,
+            outcome.large_writes,
+            outcome.large_reads,
+            outcome.small_reads,
         ];
         all.iter().map(|pace: &Pace| pace.requests).sum()
     }

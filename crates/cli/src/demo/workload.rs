@@ -39,7 +39,9 @@ pub(crate) struct Outcome {
     pub(crate) small_blocks_compared: u64,
     /// How many of them differed.
     pub(crate) small_blocks_wrong: u64,
-    /// Reading in large accesses.
+    /// Reading in large accesses for the first time, in which pages become shareable.
+    pub(crate) first_reads: Pace,
+    /// Reading in large accesses, later on.
     pub(crate) large_reads: Pace,
     /// Writing in large accesses, with the flush at the end.
     pub(crate) large_writes: Pace,
@@ -91,13 +93,13 @@ pub(crate) fn run(
     let mut outcome = Outcome::default();
     let size = device.geometry().size;
     progress("reading the whole disk");
-    (outcome.found, outcome.large_reads) = read_all(device, size)?;
+    (outcome.found, outcome.first_reads) = read_all(device, size)?;
     progress("writing 4 KiB blocks all over it");
     outcome.small_writes = write_small(device, size)?;
     progress("writing the whole disk");
     (outcome.written, outcome.large_writes) = write_all(device, size)?;
     progress("reading the whole disk back");
-    (outcome.read_back, _) = read_all(device, size)?;
+    (outcome.read_back, outcome.large_reads) = read_all(device, size)?;
     progress("reading 4 KiB blocks all over it");
     outcome.small_reads = read_small(device, size, &mut outcome)?;
     Ok(outcome)

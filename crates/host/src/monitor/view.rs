@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gnttab_abi::{DomId, EntryFlags, EntryType, GrantRef, MapFlags};
+use gnttab_abi::{DomId, EntryType, GrantRef, MapFlags};
 use gnttab_engine::{DomainView, EntryView, EntryWords, Hypervisor};
 use serde::{Deserialize, Serialize};
 
@@ -319,7 +319,11 @@ impl From<&EntryView> for GrantInfo {
         GrantInfo {
             gref: entry.gref.0,
             kind: kind.to_owned(),
-            flags: (flags & !EntryFlags::TYPE_MASK).to_string(),
+            // Behind the kind, which stands for itself.
+            flags: flags
+                .to_string()
+                .split_once('|')
+                .map_or_else(String::new, |(_, flags)| flags.to_owned()),
             grantee: entry.words.domid().0,
             frame,
             user: entry.user.map(|user| user.0),
