@@ -52,6 +52,8 @@ const CLOSED: u32 = 4;
 
 /// How long a side looks at the state word before it sleeps: about what a wake-up costs.
 const PATIENCE: Duration = Duration::from_micros(20);
+/// The same where processors are few, and the other side more likely waits for this one.
+const LITTLE_PATIENCE: Duration = Duration::from_micros(5);
 /// A sleeping monitor thread looks up this often, in case a hostile domain has undone a close.
 const MONITOR_NAP: Duration = Duration::from_secs(5);
 /// A sleeping domain checks this often that the monitor is still there.
@@ -338,12 +340,17 @@ fn in_buffer_u64(at: u64, len: usize) -> Result<usize, WindowError> {
 /// Where the two sides cannot run at the same time, looking is waste.
 fn patience() -> Duration {
     match std::thread::available_parallelism() {
-        Ok(processors) if processors.get() > 1 => PATIENCE,
+        Ok(processors) if processors.get() > 3 => PATIENCE,
+        Ok(processors) if processors.get() > 1 => LITTLE_PATIENCE,
         _ => Duration::ZERO,
     }
 }
 
-/// Looks for so long, and reads the clock only now and then.
+/// How often a side looks before it begins to let others run: the time of a short call.
+const GLANCES: u32 = 50;
+
+/// Looks at the word for so long. At first without a pause, which is fastest when both sides run at the
+/// same time; then it yields between looks, since the other side may be waiting for this very processor.
 struct Patience {
     limit: Duration,
     since: Option<Instant>,
@@ -361,11 +368,15 @@ impl Patience {
 
     /// Passes a moment; false once the time is up.
     fn left(&mut self) -> bool {
-        self.looks = self.looks.wrapping_add(1);
-        if !self.looks.is_multiple_of(16) {
+        if self.limit.is_zero() {
+            return false;
+        }
+        if self.looks < GLANCES {
+            self.looks += 1;
             std::hint::spin_loop();
             return true;
         }
+        std::thread::yield_now();
         self.since.get_or_insert_with(Instant::now).elapsed() < self.limit
     }
 }

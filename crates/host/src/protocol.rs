@@ -96,7 +96,9 @@ impl NoticeKind {
     ];
 }
 
-/// Says what the descriptors of a message are.
+/// Says what descriptors are.
+///
+/// A message has one notice for all its descriptors, or one for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Notice {
     /// What they are.

@@ -48,6 +48,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -57,7 +58,7 @@ use crate::area::{CallError, Caller, Request};
 use crate::protocol::{
     self, BadMessage, HELLO_DESCRIPTORS, HELLO_SIZE, Hello, NOTICE_SIZE, Notice, NoticeKind,
 };
-use crate::sys::{self, Access, Channel, ChannelError, Window, WindowError};
+use crate::sys::{self, Access, Channel, ChannelError, MAX_DESCRIPTORS, Window, WindowError};
 use guest::Frames;
 use ram::Allocator;
 use vcpus::Vcpus;
@@ -137,6 +138,8 @@ pub struct Domain {
     exposure: Window,
     vcpus: Vcpus,
     inbox: Mutex<Inbox>,
+    /// A call was answered since the inbox was last filled.
+    called: AtomicBool,
     channel: Channel,
     ram: Mutex<Allocator>,
     frames: Frames,
@@ -147,6 +150,26 @@ pub struct Domain {
 #[derive(Debug, Default)]
 struct Inbox {
     parcels: HashMap<(NoticeKind, u64), Vec<OwnedFd>>,
+}
+
+impl Inbox {
+    /// Takes in everything that has come.
+    fn fill(&mut self, channel: &Channel) {
+        let mut bytes = [0; NOTICE_SIZE * MAX_DESCRIPTORS];
+        while let Ok(message) = channel.receive(&mut bytes, false) {
+            let notices = bytes.get(..message.len).unwrap_or_default().chunks(NOTICE_SIZE);
+            let mut notices: Vec<Notice> = notices.map_while(|bytes| Notice::decode(bytes).ok()).collect();
+            // What came for a mapping that then failed makes room for the next one at that address.
+            if notices.len() == message.descriptors.len() {
+                let each = notices.into_iter().zip(message.descriptors);
+                self.parcels
+                    .extend(each.map(|(notice, one)| ((notice.kind, notice.key), vec![one])));
+            } else if let Some(notice) = notices.pop() {
+                self.parcels
+                    .insert((notice.kind, notice.key), message.descriptors);
+            }
+        }
+    }
 }
 
 impl Domain {
@@ -194,6 +217,7 @@ impl Domain {
             exposure,
             vcpus: Vcpus::new(callers),
             inbox: Mutex::default(),
+            called: AtomicBool::new(false),
             channel,
             ram: Mutex::new(Allocator::new(hello.ram_pages)),
             frames: Frames::default(),
@@ -280,6 +304,7 @@ impl Hosting for Domain {
                 .put(0, input)
                 .and_then(|()| caller.call(request, alive))
                 .and_then(|result| caller.get(0, output).map(|()| result));
+            self.called.store(true, Ordering::Release);
             match result {
                 Ok(result) => protocol::answer(result),
                 Err(CallError::Closed) => Err(Errno::Io),
@@ -290,16 +315,9 @@ impl Hosting for Domain {
 
     fn received(&self, kind: NoticeKind, key: u64) -> Result<Vec<OwnedFd>, Errno> {
         let mut inbox = lock(&self.inbox);
-        let mut bytes = [0; NOTICE_SIZE];
-        // Whatever is there: it was sent before the call that it belongs to was answered.
-        while let Ok(message) = self.channel.receive(&mut bytes, false) {
-            let Ok(notice) = Notice::decode(bytes.get(..message.len).unwrap_or_default()) else {
-                continue;
-            };
-            // What came for a mapping that then failed makes room for the next one at that address.
-            inbox
-                .parcels
-                .insert((notice.kind, notice.key), message.descriptors);
+        // What came was sent before the call that it belongs to was answered: one look for each call.
+        if self.called.swap(false, Ordering::AcqRel) {
+            inbox.fill(&self.channel);
         }
         inbox.parcels.remove(&(kind, key)).ok_or(Errno::NoData)
     }

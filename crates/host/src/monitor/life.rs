@@ -327,8 +327,9 @@ impl Shared {
             None => Ok(()),
         };
         let watched = watched.and_then(|()| {
+            // A domain has nothing to say there; if it does, that fills its own queue.
             self.poller
-                .add(&running.domain.private().channel, token | CHANNEL)
+                .add_end(&running.domain.private().channel, token | CHANNEL)
         });
         if let Err(errno) = watched {
             drop(state);
@@ -355,7 +356,7 @@ impl Shared {
                     let _ = self.heard.take();
                     self.end_the_crashed();
                 } else {
-                    self.look_after(event.token, event.hung_up);
+                    self.look_after(event.token);
                 }
             }
             if self.state().stopping {
@@ -364,8 +365,8 @@ impl Shared {
         }
     }
 
-    /// A process has ended, or a channel has something to say: that it has ended.
-    fn look_after(&self, token: u64, hung_up: bool) {
+    /// A process has ended, or has closed its channel.
+    fn look_after(&self, token: u64) {
         let Ok(id) = u16::try_from(token & !CHANNEL).map(DomId) else {
             return;
         };
@@ -377,11 +378,6 @@ impl Shared {
             return;
         };
         let channel = &running.domain.private().channel;
-        if !hung_up {
-            // A domain has nothing to say here. What it says is thrown away, or it would be said again.
-            let _ = channel.receive_bytes(&mut [0; 16], false);
-            return;
-        }
         let _ = self.poller.remove(channel);
         if running.process.is_some() {
             // Most likely it is on its way out, and its status is to be its own.

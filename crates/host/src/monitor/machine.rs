@@ -11,11 +11,11 @@ use gnttab_engine::{
     Access as Wanted, FrameOwner, HostError, HostMapping, HostUnmapping, Hypervisor, ResolveError, Resolved,
 };
 
-use super::memory::{Memory, NotMappable, mfn, parts};
+use super::memory::{Handout, Memory, NotMappable, mfn, parts};
 use super::ports::Ports;
 use super::tables::{TablePage, Tables};
 use crate::protocol::{Notice, NoticeKind};
-use crate::sys::{Access, Channel, EventPort};
+use crate::sys::{Access, Channel, EventPort, MAX_DESCRIPTORS};
 
 /// The memory numbers that stand for table pages in a machine frame number: above all others.
 const TABLE_BIT: u64 = 1 << 38;
@@ -29,6 +29,8 @@ pub(crate) struct Guest {
     pub(crate) channel: Channel,
     pub(crate) ports: Ports,
     foreign: Foreign,
+    /// Pages that a call has mapped and that were not sent yet.
+    outbox: Mutex<Vec<(Notice, Handout)>>,
     /// Why it must not run on, once it must not.
     crashed: OnceLock<&'static str>,
     /// Rung when it is to be ended.
@@ -51,6 +53,7 @@ impl Guest {
             channel,
             ports: Ports::default(),
             foreign: Foreign::new(foreign.0, foreign.1),
+            outbox: Mutex::default(),
             crashed: OnceLock::new(),
             doorbell,
         }
@@ -65,6 +68,32 @@ impl Guest {
         self.channel
             .send(&notice.encode(), descriptors)
             .map_err(|_| Errno::Again)
+    }
+
+    /// Lays a page out to be sent with others of the same call.
+    fn post(&self, notice: Notice, handout: Handout) {
+        self.outbox().push((notice, handout));
+    }
+
+    /// Sends what was laid out; to be called before the call that it belongs to is answered.
+    ///
+    /// The mappings exist by now. A domain that does not take them is no use, and must not run on.
+    pub(crate) fn send_posted(&self) {
+        // The lock is held while sending: another vCPU's call must not be answered before.
+        let mut outbox = self.outbox();
+        for parcels in outbox.chunks(MAX_DESCRIPTORS) {
+            let notices: Vec<u8> = parcels.iter().flat_map(|(notice, _)| notice.encode()).collect();
+            let pages: Vec<_> = parcels.iter().map(|(_, page)| page.as_fd()).collect();
+            if self.channel.send(&notices, &pages).is_err() {
+                self.crash("did not take the pages that it had mapped");
+                break;
+            }
+        }
+        outbox.clear();
+    }
+
+    fn outbox(&self) -> MutexGuard<'_, Vec<(Notice, Handout)>> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes that it must not run on, and has that seen to.
@@ -282,19 +311,17 @@ impl Hypervisor for Machine {
         } else {
             (Access::Write, NoticeKind::ForeignWrite)
         };
-        let notice = Notice {
-            kind,
-            key: mapping.addr,
-        };
-        let mapped = memory.map(gfn, access, |descriptor| {
-            grantee
-                .send(notice, &[descriptor.as_fd()])
-                .map_err(|_| NotMappable)
-        });
-        mapped.map_err(|NotMappable| {
-            grantee.foreign.take(mapping.addr, mapping.mfn);
-            HostError
-        })
+        match memory.map(gfn, access) {
+            Ok(handout) => {
+                let key = mapping.addr;
+                grantee.post(Notice { kind, key }, handout);
+                Ok(())
+            }
+            Err(NotMappable) => {
+                grantee.foreign.take(mapping.addr, mapping.mfn);
+                Err(HostError)
+            }
+        }
     }
 
     fn unmap_host(&self, grantee: &Guest, unmapping: &HostUnmapping) -> Result<(), HostError> {

@@ -39,7 +39,7 @@ pub(crate) fn parts(mfn: Mfn) -> (u64, u64) {
 
 /// A page with a file of its own.
 #[derive(Debug)]
-struct Page {
+pub(crate) struct Page {
     file: SealedMemory,
     window: Window,
 }
@@ -61,6 +61,22 @@ struct Frame {
     mapped: u32,
     /// No new writer can map this file.
     read_only: bool,
+}
+
+/// What a peer that maps a frame is sent.
+#[derive(Debug)]
+pub(crate) enum Handout {
+    Writable(Arc<Page>),
+    ReadOnly(OwnedFd),
+}
+
+impl AsFd for Handout {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Handout::Writable(page) => page.file.as_fd(),
+            Handout::ReadOnly(descriptor) => descriptor.as_fd(),
+        }
+    }
 }
 
 /// Why a peer cannot map a frame.
@@ -272,13 +288,8 @@ impl Memory {
         Ok(true)
     }
 
-    /// A peer maps a frame: `send`s it the descriptor and counts the mapping.
-    pub(crate) fn map(
-        &self,
-        gfn: u64,
-        access: Access,
-        send: impl FnOnce(BorrowedFd<'_>) -> Result<(), NotMappable>,
-    ) -> Result<(), NotMappable> {
+    /// A peer maps a frame: counts the mapping and gives what the peer is to be sent.
+    pub(crate) fn map(&self, gfn: u64, access: Access) -> Result<Handout, NotMappable> {
         let mut frame = self.frame(gfn).ok_or(NotMappable)?;
         let page = frame.page.clone().ok_or(NotMappable)?;
         if access == Access::Write && frame.read_only {
@@ -286,15 +297,14 @@ impl Memory {
         }
         // The bit before the descriptor: whoever sees the mapping gone sees that there was one.
         self.expose(gfn, true);
-        if access == Access::Write {
-            send(page.file.as_fd())?;
+        let handout = if access == Access::Write {
+            Handout::Writable(page)
         } else {
             frame.read_only = true;
-            let descriptor = page.file.read_only_descriptor().map_err(|_| NotMappable)?;
-            send(descriptor.as_fd())?;
-        }
+            Handout::ReadOnly(page.file.read_only_descriptor().map_err(|_| NotMappable)?)
+        };
         frame.mapped += 1;
-        Ok(())
+        Ok(handout)
     }
 
     /// A mapping is gone.
@@ -348,12 +358,8 @@ mod tests {
     }
 
     fn map(memory: &Memory, gfn: u64, access: Access) -> Option<Window> {
-        let mut window = None;
-        let done = memory.map(gfn, access, |fd| {
-            window = Some(mapped(fd, access));
-            Ok(())
-        });
-        done.ok().and(window)
+        let handout = memory.map(gfn, access).ok()?;
+        Some(mapped(handout.as_fd(), access))
     }
 
     fn exposed(memory: &Memory, gfn: usize) -> bool {

@@ -147,7 +147,9 @@ fn grant_table(
         machine: processor.engine().hypervisor(),
     };
     // The buffer bounds every batch, so none has to stop in the middle.
-    match processor.hypercall(vcpu, ABI, call, &memory, &mut || false) {
+    let outcome = processor.hypercall(vcpu, ABI, call, &memory, &mut || false);
+    vcpu.domain().private().send_posted();
+    match outcome {
         Outcome::Done(done) => done.map(|()| 0),
         Outcome::Continue(_) => Err(Errno::Again),
     }

@@ -142,6 +142,16 @@ impl Poller {
         )
     }
 
+    /// Waits for the end of `source` only: what it has to read is not told.
+    ///
+    /// # Errors
+    /// As [`Self::add`].
+    pub fn add_end(&self, source: impl AsFd, token: u64) -> Result<(), Errno> {
+        let data = epoll::EventData::new_u64(token);
+        // A hang-up is always told.
+        epoll::add(&self.epoll, source, data, epoll::EventFlags::empty())
+    }
+
     /// Stops waiting for `source`. A descriptor that is closed everywhere leaves by itself.
     ///
     /// # Errors

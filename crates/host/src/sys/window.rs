@@ -118,11 +118,7 @@ impl Window {
         let access = std::iter::repeat_with(|| AtomicU8::new(Access::None as u8))
             .take(pages)
             .collect();
-        let window = Window { start, pages, access };
-        // A child would keep hold of pages whose access has ended. Best effort: domains cannot fork.
-        // SAFETY: the range is ours; the advice changes no content.
-        let _ = unsafe { mm::madvise(start.as_ptr().cast(), bytes, mm::Advice::LinuxDontFork) };
-        Ok(window)
+        Ok(Window { start, pages, access })
     }
 
     /// Reserves a window and fills it with the whole of one memory object.
@@ -188,12 +184,12 @@ impl Window {
         // SAFETY: `page_range` says that the range lies inside ours, so FIXED replaces our own pages only.
         let mapped = unsafe { mm::mmap(start, bytes, prot, flags, memory, from) };
         match mapped {
-            Ok(_) => self.note(at, pages, access),
-            Err(errno) => return Err(WindowError::Map { pages, errno }),
+            Ok(_) => {
+                self.note(at, pages, access);
+                Ok(())
+            }
+            Err(errno) => Err(WindowError::Map { pages, errno }),
         }
-        // SAFETY: as above; the advice changes no content.
-        let _ = unsafe { mm::madvise(start, bytes, mm::Advice::LinuxDontFork) };
-        Ok(())
     }
 
     /// Makes the pages hold nothing again; the range stays reserved.
