@@ -212,7 +212,15 @@ pub(crate) fn only_one() -> Result<PathBuf, Failure> {
     let entries = std::fs::read_dir(&folder)
         .map_err(|error| Failure::new(format!("folder {}: {error}", folder.display())))?;
     let is_alive = |path: &PathBuf| {
-        path.extension().is_some_and(|ending| ending == ENDING) && UnixStream::connect(path).is_ok()
+        let is_control = path.extension().is_some_and(|ending| ending == ENDING);
+        let connected = is_control.then(|| UnixStream::connect(path));
+        if let Some(Err(error)) = &connected
+            && error.kind() == io::ErrorKind::ConnectionRefused
+        {
+            // Left by one that was killed.
+            let _ = std::fs::remove_file(path);
+        }
+        matches!(connected, Some(Ok(_)))
     };
     let mut alive: Vec<PathBuf> = entries
         .flatten()

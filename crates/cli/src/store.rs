@@ -44,21 +44,23 @@ impl StoreClient {
         }
     }
 
-    /// Waits until a watched node may have changed, one of `others` is readable or hung up, or `patience` is over. Which
-    /// of them it was is for the caller to look up.
-    pub(crate) fn wait(&mut self, others: &[BorrowedFd<'_>], patience: Duration) -> Result<(), Error> {
+    /// Waits until a watched node may have changed, `bell` is readable, `hang_up` has hung up, or `patience` is over.
+    /// Which of them it was is for the caller to look up.
+    pub(crate) fn wait(
+        &mut self,
+        bell: BorrowedFd<'_>,
+        hang_up: BorrowedFd<'_>,
+        patience: Duration,
+    ) -> Result<(), Error> {
         if self.take_events()? {
             return Ok(());
         }
-        let mut wait = vec![PollFd::from_borrowed_fd(
-            self.client.stream().as_fd(),
-            PollFlags::IN,
-        )];
-        wait.extend(
-            others
-                .iter()
-                .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)),
-        );
+        let mut wait = [
+            PollFd::from_borrowed_fd(self.client.stream().as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(bell, PollFlags::IN),
+            // What can be read there is for others.
+            PollFd::from_borrowed_fd(hang_up, PollFlags::empty()),
+        ];
         let patience = Timespec::try_from(patience).ok();
         match poll(&mut wait, patience.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}

@@ -2,7 +2,7 @@
 //!
 //! What must hold, whatever a client sends:
 //! - nothing panics, and no length it names is allocated or looped over beyond [`Limits`];
-//! - only requests that the export's [`Geometry`](crate::block::Geometry) allows come out of [`Connection::next_request`];
+//! - only requests that the export's [`Geometry`] allows come out of [`Connection::next_request`];
 //! - every request of the client is answered once, in whatever order the disk finishes them;
 //! - a client that does not read its replies is not read from either, so that it costs bounded memory.
 //!

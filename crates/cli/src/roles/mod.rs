@@ -119,7 +119,7 @@ impl Joined {
     /// Waits for a change in the store, for the bell, or for a while; an error once the monitor has gone.
     fn wait(&mut self) -> Result<(), RoleError> {
         let hang_up = self.domain.hang_up();
-        self.store.wait(&[self.bell.as_fd(), hang_up.as_fd()], INTERVAL)?;
+        self.store.wait(self.bell.as_fd(), hang_up.as_fd(), INTERVAL)?;
         self.bell.hush();
         if self.domain.is_connected() {
             Ok(())

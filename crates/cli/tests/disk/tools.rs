@@ -98,6 +98,21 @@ fn a_read_only_disk_is_read_and_not_written() {
 }
 
 #[test]
+fn an_image_is_served_by_one_writer_only() {
+    let served = Served::patterned(&[], 1 << 20);
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_gnttab"))
+        .env("XDG_RUNTIME_DIR", served.folder.path())
+        .args(["disk", "--read-only"])
+        .arg(served.image())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(error.contains("disk.img: locked"), "{error}");
+    assert!(served.stop().0.success());
+}
+
+#[test]
 fn a_stop_leaves_no_process_no_socket_and_no_lock() {
     let served = Served::patterned(&[], 1 << 20);
     let pids = [served.pid("backend"), served.pid("frontend")];
