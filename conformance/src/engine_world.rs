@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use gnttab_abi::{Abi, Command, DomId, Gfn, Mfn};
 use gnttab_conformance::play::{World, pattern, play};
-use gnttab_conformance::script::{AREA_PAGES, AREAS, OTHER_PAGES, PAGES, SLOTS, SLOTS_TABLE, STATUS, TABLE};
+use gnttab_conformance::script::{
+    AREA_PAGES, AREAS, OTHER, OTHER_PAGES, OTHER_TABLE, PAGES, SLOTS, SLOTS_TABLE, STATUS, TABLE,
+};
 use gnttab_engine::machine::{Guest, L2Slot, Machine, Page, Pte};
 use gnttab_engine::{
     Access, Call, Config, Domain, DomainKind, Engine, GuestMemory, Limits, Outcome, PageWords, Reference,
@@ -29,6 +31,8 @@ pub(crate) struct EngineWorld {
     engine: Engine<Machine>,
     machine: Machine,
     domain: Arc<Domain<Machine>>,
+    other: Arc<Domain<Machine>>,
+    other_pages: Vec<Page>,
     vcpu: Vcpu<Machine>,
     pages: Vec<Page>,
     page_words: Vec<Arc<PageWords>>,
@@ -37,6 +41,8 @@ pub(crate) struct EngineWorld {
     slots_table: Mfn,
     slots_words: Arc<PageWords>,
     shows_status: bool,
+    /// Frames of both tables, as they were when last looked at.
+    frames: [u32; 2],
     verbose: bool,
     /// The answer's words.
     pub(crate) answer: Vec<u64>,
@@ -85,9 +91,11 @@ impl EngineWorld {
             areas.push(pages);
         }
         let slots_table = guest.add_table(SLOT_ADDR).expect("memory");
-        let pages = guest
-            .add_memory(HOME_ADDR, usize::try_from(PAGES).expect("8"))
-            .expect("memory");
+        guest.add_table(HOME_ADDR).expect("memory");
+        let pages = named_pages(&guest, 0);
+        for (page, there) in pages.iter().zip((HOME_ADDR..).step_by(4096)) {
+            assert!(guest.map(there, page.gfn, Access::Write));
+        }
         assert_eq!(guest.table(SLOT_ADDR), Some(L2Slot::Table(slots_table)));
         let limits = Limits {
             version: Version::V2,
@@ -96,10 +104,23 @@ impl EngineWorld {
         let domain = engine
             .create_domain(CALLER, DomainKind::Pv, limits, guest)
             .expect("a new domain");
+        let number = DomId(OTHER);
+        let guest = machine.add_domain(number, DomainKind::Pv).expect("a new number");
+        let other_pages = named_pages(&guest, PAGES);
+        let other = engine
+            .create_domain(number, DomainKind::Pv, limits, guest)
+            .expect("a new domain");
+        domain.private().add_table(OTHER_HOME_ADDR).expect("memory");
+        for (page, there) in other_pages.iter().zip((OTHER_HOME_ADDR..).step_by(4096)) {
+            assert!(
+                domain.private().map(there, page.gfn, Access::Write),
+                "seen by the caller"
+            );
+        }
         let vcpu = Vcpu::take(&domain, 0).expect("nobody else has it");
         let words = |page: &Page| machine.page(page.mfn).expect("memory");
         let mut world = EngineWorld {
-            page_words: pages.iter().map(words).collect(),
+            page_words: pages.iter().chain(&other_pages).map(words).collect(),
             area_words: areas
                 .iter()
                 .map(|area| area.iter().map(words).collect())
@@ -108,19 +129,23 @@ impl EngineWorld {
             engine,
             machine,
             domain,
+            other,
+            other_pages,
             vcpu,
             pages,
             areas,
             slots_table,
             shows_status: false,
+            frames: [0; 2],
             verbose: false,
             answer: Vec::new(),
             seen: Vec::new(),
             step: 0,
         };
-        for page in 0..PAGES {
+        for page in (0..PAGES).chain(OTHER_PAGES..OTHER_PAGES + PAGES) {
             world.reset_page(page);
         }
+        world.refresh();
         world
     }
 
@@ -132,11 +157,9 @@ impl EngineWorld {
         play(self, script)
     }
 
-    /// Frames of the table.
-    pub(crate) fn frames(&self) -> u32 {
-        (0..)
-            .take_while(|i| self.domain.shared_frame(*i).is_some())
-            .fold(0, |n, _| n + 1)
+    /// Frames of the caller's table and of the other domain's.
+    pub(crate) fn frames(&self) -> [u32; 2] {
+        self.frames
     }
 
     /// What the machine's books say is wrong, with nothing under way.
@@ -158,12 +181,42 @@ impl EngineWorld {
         Some((words, usize::try_from(offset % 4096).ok()?))
     }
 
+    fn table_of(&self, other: bool) -> &Domain<Machine> {
+        if other { &self.other } else { &self.domain }
+    }
+
     fn table_words(&self, offset: u64) -> Option<(u32, usize)> {
         Some((
             u32::try_from(offset / 4096).ok()?,
             usize::try_from(offset % 4096).ok()?,
         ))
     }
+}
+
+/// The parts of a range of bytes by the pages that they lie in.
+fn chunks(offset: u64, len: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let first = (4096 - index(offset % 4096)).min(len);
+    [0..first, first..len]
+        .into_iter()
+        .filter(|chunk| !chunk.is_empty())
+}
+
+/// Pages for a domain. Their numbers are past the end of any table, as a real machine's are, so that
+/// a frame in the place of a reference is a bad one in both worlds.
+fn named_pages(guest: &Guest, from: u64) -> Vec<Page> {
+    let first = Mfn(FRAMES + from).0;
+    (first..first + PAGES)
+        .map(|frame| guest.add_page_at(Mfn(frame)).expect("nobody has it"))
+        .collect()
+}
+
+/// Where a page's words are kept.
+fn place_of(page: u64) -> usize {
+    index(if page < PAGES {
+        page
+    } else {
+        PAGES + page - OTHER_PAGES
+    })
 }
 
 fn index(n: u64) -> usize {
@@ -197,18 +250,22 @@ impl World for EngineWorld {
     }
 
     fn poke(&mut self, area: u8, offset: u64, bytes: &[u8]) {
-        for (at, byte) in (offset..).zip(bytes) {
-            if let Some((words, at)) = self.backing(area, at) {
-                let _ = words.write(at, &[*byte]);
+        let mut at = offset;
+        for chunk in chunks(offset, bytes.len()) {
+            if let Some((words, place)) = self.backing(area, at) {
+                let _ = words.write(place, &bytes[chunk.clone()]);
             }
+            at += chunk.len() as u64;
         }
     }
 
     fn peek(&self, area: u8, offset: u64, into: &mut [u8]) {
-        for (at, byte) in (offset..).zip(into) {
-            if let Some((words, at)) = self.backing(area, at) {
-                let _ = words.read(at, std::slice::from_mut(byte));
+        let mut at = offset;
+        for chunk in chunks(offset, into.len()) {
+            if let Some((words, place)) = self.backing(area, at) {
+                let _ = words.read(place, &mut into[chunk.clone()]);
             }
+            at += chunk.len() as u64;
         }
     }
 
@@ -218,6 +275,8 @@ impl World for EngineWorld {
             ..PAGES => Some(self.pages[index(name)].mfn.0),
             SLOTS_TABLE => Some(self.slots_table.0),
             TABLE..STATUS => Some(self.domain.shared_frame(low(TABLE)?)?.mfn().0),
+            OTHER_PAGES..TABLE => Some(self.other_pages.get(index(name - OTHER_PAGES))?.mfn.0),
+            OTHER_TABLE.. => Some(self.other.shared_frame(low(OTHER_TABLE)?)?.mfn().0),
             STATUS.. => {
                 if !self.shows_status {
                     return None;
@@ -235,13 +294,20 @@ impl World for EngineWorld {
         if let Some(page) = self.pages.iter().position(|page| page.mfn.0 == frame) {
             return Some(page as u64);
         }
+        if let Some(page) = self.other_pages.iter().position(|page| page.mfn.0 == frame) {
+            return Some(OTHER_PAGES + page as u64);
+        }
         let info = self.machine.frame(Mfn(frame))?;
         if !info.special {
             return None;
         }
         let frames = (TABLE..).take_while(|name| self.frame(*name).is_some());
         let status = (STATUS..).take_while(|name| self.frame(*name).is_some());
-        frames.chain(status).find(|name| self.frame(*name) == Some(frame))
+        let others = (OTHER_TABLE..).take_while(|name| self.frame(*name).is_some());
+        frames
+            .chain(status)
+            .chain(others)
+            .find(|name| self.frame(*name) == Some(frame))
     }
 
     fn slot(&self, slot: u64) -> u64 {
@@ -285,7 +351,7 @@ impl World for EngineWorld {
     }
 
     fn page_word(&self, page: u64, word: usize) -> u64 {
-        let bytes = self.page_words[index(page)].read_bytes::<8>(word * 8);
+        let bytes = self.page_words[place_of(page)].read_bytes::<8>(word * 8);
         u64::from_le_bytes(bytes.unwrap_or_default())
     }
 
@@ -293,30 +359,29 @@ impl World for EngineWorld {
         let bytes: Vec<u8> = (0..512)
             .flat_map(|word| pattern(page, word).to_le_bytes())
             .collect();
-        let _ = self.page_words[index(page)].write(0, &bytes);
+        let _ = self.page_words[place_of(page)].write(0, &bytes);
     }
 
     fn other_pages(&self) -> u64 {
-        let _ = OTHER_PAGES;
-        0
+        PAGES
     }
 
     fn table_bytes(&self, other: bool) -> u64 {
-        if other { 0 } else { u64::from(self.frames()) * 4096 }
+        u64::from(self.frames[usize::from(other)]) * 4096
     }
 
-    fn table_load(&self, _other: bool, offset: u64, into: &mut [u8]) {
+    fn table_load(&self, other: bool, offset: u64, into: &mut [u8]) {
         if let Some((frame, at)) = self.table_words(offset)
-            && let Some(page) = self.domain.shared_frame(frame)
+            && let Some(page) = self.table_of(other).shared_frame(frame)
         {
             let _ = page.as_ref().read(at, into);
         }
     }
 
-    fn table_store(&mut self, _other: bool, offset: u64, size: u8, value: u64) {
+    fn table_store(&mut self, other: bool, offset: u64, size: u8, value: u64) {
         let size = usize::from(size);
         if let Some((frame, at)) = self.table_words(offset)
-            && let Some(page) = self.domain.shared_frame(frame)
+            && let Some(page) = self.table_of(other).shared_frame(frame)
         {
             let _ = page.as_ref().write(at - at % size, &value.to_le_bytes()[..size]);
         }
@@ -347,6 +412,13 @@ impl World for EngineWorld {
     }
 
     fn refresh(&mut self) {
+        for other in [false, true] {
+            let mut frames = self.frames[usize::from(other)];
+            while self.table_of(other).shared_frame(frames).is_some() {
+                frames += 1;
+            }
+            self.frames[usize::from(other)] = frames;
+        }
         let shows = self.version() == 2;
         if shows != self.shows_status {
             self.release_status();
@@ -387,6 +459,10 @@ impl World for EngineWorld {
     }
 }
 
+/// The first of the named pages' frames.
+const FRAMES: u64 = 0xE000;
+/// Where the kernel sees the other domain's pages.
+const OTHER_HOME_ADDR: u64 = 0x6000_0000;
 /// Where the kernel has its status pages.
 const STATUS_ADDR: u64 = HOME_ADDR + 0x10_0000;
 const STATUS_PAGES: u64 = 8;

@@ -7,8 +7,8 @@
 use fastrand::Rng;
 use gnttab_abi::{CopyFlags, MapFlags, Op};
 use gnttab_conformance::script::{
-    AREA_PAGES, CallHead, Head, LIST, NO_HANDLE, PAGES, Place, SLOTS, SLOTS_TABLE, STATUS, Step, TABLE,
-    Value, fields,
+    AREA_PAGES, CallHead, Head, LIST, NO_HANDLE, OTHER_PAGES, OTHER_TABLE, PAGES, Place, SLOTS, SLOTS_TABLE,
+    STATUS, Step, TABLE, Value, fields,
 };
 
 const SELF: u64 = 0x7FF0;
@@ -29,8 +29,8 @@ pub(crate) struct Generator<'r> {
     rng: &'r mut Rng,
     steps: Vec<Step>,
     version: u32,
-    /// What may be granted: reference, and whether it was written so.
-    granted: Vec<u32>,
+    /// What may be granted: by the other domain, and the reference.
+    granted: Vec<(bool, u32)>,
     /// What was mapped: flags, slot.
     mapped: Vec<(u32, u64)>,
     max_frames: u32,
@@ -119,12 +119,24 @@ impl Generator<'_> {
         }
     }
 
-    fn granted_ref(&mut self) -> u32 {
-        if self.granted.is_empty() || self.one_in(16) {
-            self.any_ref()
+    /// A granter's number and a reference of its table.
+    fn granted(&mut self) -> (u64, u32) {
+        let (other, gref) = if self.granted.is_empty() || self.one_in(16) {
+            (self.one_in(3), self.any_ref())
         } else {
             self.granted[self.rng.usize(0..self.granted.len())]
-        }
+        };
+        (u64::from(other), gref)
+    }
+
+    fn granted_ref(&mut self) -> u32 {
+        self.granted().1
+    }
+
+    /// A page of either domain.
+    fn any_page(&mut self) -> u64 {
+        let page = self.rng.u64(0..PAGES);
+        if self.one_in(2) { page } else { OTHER_PAGES + page }
     }
 
     fn any_frame(&mut self) -> Value {
@@ -133,6 +145,7 @@ impl Generator<'_> {
             1 if self.tables => Value::Page(TABLE),
             2 => lit(self.rng.choice(BAD_FRAMES).unwrap_or(BAD_FRAMES[0])),
             3 if self.version == 2 && self.tables => Value::Page(STATUS),
+            4 => Value::Page(OTHER_PAGES),
             _ => Value::Page(self.rng.u64(0..PAGES)),
         }
     }
@@ -157,6 +170,16 @@ impl Generator<'_> {
         }
     }
 
+    fn store_other(&mut self, offset: u32, size: u8, value: Value) {
+        self.push(Head::Entry {
+            other: true,
+            version: 1,
+            offset,
+            size,
+            value,
+        });
+    }
+
     fn store(&mut self, offset: u32, size: u8, value: Value) {
         let version = if self.version == 2 { 2 } else { 1 };
         self.push(Head::Entry {
@@ -168,10 +191,43 @@ impl Generator<'_> {
         });
     }
 
+    /// A frame for an entry of the other domain's.
+    fn other_frame(&mut self) -> Value {
+        match self.rng.u32(0..24) {
+            0 if self.tables => Value::Page(OTHER_TABLE),
+            0 | 1 => self.any_frame(),
+            _ => Value::Page(OTHER_PAGES + self.rng.u64(0..PAGES)),
+        }
+    }
+
+    fn grant_other(&mut self) {
+        let gref = self.any_ref() % 1025;
+        let (domid, frame, flags) = (self.entry_domid(), self.other_frame(), self.entry_flags());
+        self.granted.push((true, gref));
+        self.store_other(gref * 8 + 4, 4, frame);
+        self.store_other(gref * 8, 4, lit(flags | domid << 16));
+    }
+
+    fn change_other_entry(&mut self) {
+        let gref = self.granted_ref() % 1025;
+        let flags = self.entry_flags();
+        match self.rng.u32(0..4) {
+            0 => {
+                let frame = self.other_frame();
+                self.store_other(gref * 8 + 4, 4, frame);
+            }
+            1 => self.store_other(gref * 8 + 2, 2, lit(1_u64)),
+            _ => self.store_other(gref * 8, 2, lit(flags)),
+        }
+    }
+
     fn grant(&mut self) {
+        if self.one_in(2) {
+            return self.grant_other();
+        }
         let gref = self.any_ref() % 1025;
         let (domid, frame, mut flags) = (self.entry_domid(), self.any_frame(), self.entry_flags());
-        self.granted.push(gref);
+        self.granted.push((false, gref));
         if self.version == 2 {
             let mut part = 0;
             if self.one_in(5) {
@@ -183,7 +239,7 @@ impl Generator<'_> {
             if self.one_in(6) {
                 // Transitive: by the far domain and its reference.
                 flags = flags & !3 | 3;
-                let far = self.pick(&[0_u64, 0, 0, 1, 77, SELF]);
+                let far = self.pick(&[0_u64, 1, 1, 1, 1, 1, 77, SELF]);
                 let far_ref = u64::from(self.granted_ref());
                 self.store(gref * 16 + 8, 8, lit(far_ref));
                 self.store(gref * 16, 8, lit(flags | domid << 16 | far << 32));
@@ -198,6 +254,9 @@ impl Generator<'_> {
     }
 
     fn change_entry(&mut self) {
+        if self.one_in(3) {
+            return self.change_other_entry();
+        }
         let gref = self.granted_ref() % 1025;
         let size = if self.version == 2 { 16 } else { 8 };
         match self.rng.u32(0..6) {
@@ -288,7 +347,11 @@ impl Generator<'_> {
     }
 
     fn self_or_dom(&mut self) -> Value {
-        if self.one_in(2) { lit(SELF) } else { self.dom() }
+        match self.rng.u32(0..4) {
+            0 | 1 => lit(SELF),
+            2 => lit(1_u64),
+            _ => self.dom(),
+        }
     }
 
     fn map_item(&mut self) -> Vec<Value> {
@@ -336,11 +399,13 @@ impl Generator<'_> {
             ]);
         }
         self.mapped.push((bits, slot));
+        let (granter, gref) = self.granted();
+        let dom = if self.one_in(40) { self.dom() } else { lit(granter) };
         vec![
             host_addr,
             lit(bits),
-            lit(self.granted_ref()),
-            self.dom(),
+            lit(gref),
+            dom,
             STATUS_BEFORE,
             HANDLE_BEFORE,
             BUS_BEFORE,
@@ -368,7 +433,7 @@ impl Generator<'_> {
         self.call_repeated(Op::MapGrantRef, vec![item], total);
         if self.one_in(2) {
             let base = self.rng.u64(0..4);
-            let page = self.rng.u64(0..PAGES);
+            let page = self.any_page();
             let bus = if self.one_in(4) {
                 lit(0_u64)
             } else {
@@ -415,7 +480,7 @@ impl Generator<'_> {
             .map(|_| {
                 let (handle, flags, slot) = self.handle();
                 let host = self.host_addr(flags, slot);
-                let page = self.rng.u64(0..PAGES);
+                let page = self.any_page();
                 let bus = match self.rng.u32(0..8) {
                     0..4 => lit(0_u64),
                     4..7 => Value::PageAddr(page, 0),
@@ -453,6 +518,7 @@ impl Generator<'_> {
         let page = match self.rng.u32(0..8) {
             0 => 0xFF,
             1 => 8,
+            2 | 3 => 0x10 + self.rng.u8(0..8),
             _ => self.rng.u8(0..8),
         };
         self.push(Head::SetPte { slot, page, writable });
@@ -468,7 +534,7 @@ impl Generator<'_> {
     /// that mix them the reference is no model (spec 10.3, D-1 and D-3). Ranges that could overlap
     /// lie in different halves of a page (N-1).
     fn copy(&mut self) {
-        let (source_gref, dest_gref) = (self.rng.bool() && !self.tables, self.rng.bool());
+        let (source_gref, dest_gref) = (self.rng.bool() && !self.tables, self.rng.bool() && !self.tables);
         let mut flags = CopyFlags::empty();
         flags.set(CopyFlags::SOURCE_GREF, source_gref);
         flags.set(CopyFlags::DEST_GREF, dest_gref);
@@ -515,7 +581,13 @@ impl Generator<'_> {
 
     fn side(&mut self, gref: bool) -> (Value, Value) {
         if gref {
-            (lit(self.granted_ref()), self.self_or_dom())
+            let (granter, gref) = self.granted();
+            let dom = match self.rng.u32(0..40) {
+                0 => self.dom(),
+                1..10 if granter == 0 => lit(SELF),
+                _ => lit(granter),
+            };
+            (lit(gref), dom)
         } else {
             let frame = if self.one_in(8) {
                 self.any_frame()
@@ -585,7 +657,7 @@ impl Generator<'_> {
     fn cache_flush(&mut self) {
         let items = (0..self.few())
             .map(|_| {
-                let page = self.rng.u64(0..PAGES);
+                let page = self.any_page();
                 let addr = match self.rng.u32(0..8) {
                     0 => lit(0xFFFF_FFF0_0000_u64),
                     1 => Value::PageAddr(SLOTS_TABLE, 0),

@@ -9,8 +9,8 @@
 use gnttab_abi::Op;
 
 use crate::script::{
-    CallHead, Field, Head, LIST, MOST_FIELDS, NO_HANDLE, OTHER_PAGES, PAGES, Place, Reader, SLOTS,
-    SLOTS_TABLE, STATUS, TABLE, Value, fields, is_backed,
+    CallHead, Field, Head, LIST, MOST_FIELDS, NO_HANDLE, OTHER_PAGES, OTHER_TABLE, PAGES, Place, Reader,
+    SLOTS, SLOTS_TABLE, STATUS, TABLE, Value, fields, is_backed,
 };
 
 /// Present, writable, user, write-through, cache-disable, attribute index, the guest's own bits
@@ -152,6 +152,9 @@ impl<W: World> Play<'_, W> {
     }
 
     fn name(&self, frame: u64) -> u64 {
+        if frame == 0 {
+            return 0;
+        }
         self.world.name(frame).map_or(frame, |name| NAMED | name)
     }
 
@@ -541,7 +544,7 @@ impl<W: World> Play<'_, W> {
         let other = OTHER_PAGES..OTHER_PAGES + self.world.other_pages();
         for page in (0..=SLOTS_TABLE)
             .chain(other.clone())
-            .chain([TABLE, STATUS])
+            .chain([TABLE, STATUS, OTHER_TABLE])
         {
             let Some(frame) = self.world.frame(page) else {
                 continue;
@@ -551,7 +554,7 @@ impl<W: World> Play<'_, W> {
         if !self.is_live(handle) {
             return true;
         }
-        for page in (0..=SLOTS_TABLE).chain(other).chain([TABLE, STATUS]) {
+        for page in (0..=SLOTS_TABLE).chain(other).chain([TABLE, STATUS, OTHER_TABLE]) {
             for writable in [true, false] {
                 self.world.set_pte(0, None);
                 if self.world.set_pte(0, Some((page, writable))) {

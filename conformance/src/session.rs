@@ -39,8 +39,8 @@ pub(crate) struct Report {
 pub(crate) struct Difference {
     /// Its number in the run.
     pub(crate) script: u64,
-    /// Frames that the table had before.
-    pub(crate) frames: u32,
+    /// Frames that the caller's table and the other domain's had before.
+    pub(crate) frames: [u32; 2],
     /// The program, made small, in words.
     pub(crate) program: Vec<String>,
     /// The step at which the answers part.
@@ -90,8 +90,8 @@ fn encode(steps: &[Step]) -> Vec<u8> {
     bytes
 }
 
-/// A program that makes the table as large as it was.
-fn grow(frames: u32) -> Vec<Step> {
+/// A program that makes the tables as large as they were.
+fn grow(frames: [u32; 2]) -> Vec<Step> {
     let call = CallHead {
         command: Op::SetupTable as u64,
         op: Op::SetupTable,
@@ -100,12 +100,16 @@ fn grow(frames: u32) -> Vec<Step> {
         total: 1,
         items: 1,
     };
-    let item = [0x7FF0, u64::from(frames), 0x7777].map(Value::Lit);
     let list = Value::Area(gnttab_conformance::script::LIST, 0);
-    vec![Step {
-        head: Head::Call(call),
-        items: vec![item.into_iter().chain([list]).collect()],
-    }]
+    let doms = [0x7FF0, u64::from(gnttab_conformance::script::OTHER)];
+    let step = |(dom, frames): (u64, u32)| {
+        let item = [dom, u64::from(frames), 0x7777].map(Value::Lit);
+        Step {
+            head: Head::Call(call),
+            items: vec![item.into_iter().chain([list]).collect()],
+        }
+    };
+    doms.into_iter().zip(frames).map(step).collect()
 }
 
 fn operations(steps: &[Step]) -> (u64, u64) {
@@ -237,16 +241,22 @@ fn engine_only(rng: &mut Rng, settings: Settings, enough: u64, report: &mut Repo
 struct Lab<'t> {
     tools: &'t Tools,
     settings: Settings,
-    frames: u32,
+    frames: [u32; 2],
     pair: Pair,
 }
 
 impl Lab<'_> {
+    /// Tables never shrink.
+    fn beyond(&self) -> bool {
+        let is = self.pair.engine.frames();
+        is.iter().zip(&self.frames).any(|(is, wanted)| is > wanted)
+    }
+
     fn play(&mut self, steps: &[Step], verbose: bool) -> Result<(Vec<u64>, Vec<u64>), XenError> {
-        if !self.pair.clean || self.pair.engine.frames() > self.frames {
+        if !self.pair.clean || self.beyond() {
             self.pair = Pair::start(self.tools, self.settings)?;
         }
-        if self.pair.engine.frames() < self.frames {
+        if self.pair.engine.frames() != self.frames {
             self.pair.both(&encode(&grow(self.frames)), false)?;
         }
         self.pair.both(&encode(steps), verbose)
@@ -264,7 +274,7 @@ fn explain(
     tools: &Tools,
     settings: Settings,
     program: &[Step],
-    frames: u32,
+    frames: [u32; 2],
     script: u64,
 ) -> Result<Difference, XenError> {
     let mut lab = Lab {
@@ -350,7 +360,7 @@ fn make_small(
 
 fn told(difference: &Difference) -> String {
     let mut text = format!(
-        "script {} (table of {} frames): {} at step {}: xen {:x?}, engine {:x?}",
+        "script {} (tables of {:?} frames): {} at step {}: xen {:x?}, engine {:x?}",
         difference.script,
         difference.frames,
         difference.what,

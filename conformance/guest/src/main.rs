@@ -8,6 +8,7 @@
 #![no_main]
 
 mod bare;
+mod domain;
 mod mailbox;
 mod world;
 mod xen;

@@ -3,11 +3,13 @@
 use core::cell::UnsafeCell;
 
 use gnttab_conformance::play::World;
-use gnttab_conformance::script::{AREA_PAGES, PAGES, SLOTS, SLOTS_TABLE, STATUS, TABLE};
+use gnttab_conformance::script::{
+    AREA_PAGES, OTHER, OTHER_PAGES, OTHER_TABLE, PAGES, SLOTS, SLOTS_TABLE, STATUS, TABLE,
+};
 
 use crate::xen::{
-    Pages, frame_of, hypercall, load_bytes, load8, load16, load64, map, pte_of, store_bytes, store8, store16,
-    store32, store64,
+    Pages, flush, frame_of, hypercall, load_bytes, load8, load16, load64, map, map_foreign, pte_of,
+    store_bytes, store8, store16, store32, store64,
 };
 
 const GRANT_TABLE_OP: u64 = 20;
@@ -28,6 +30,9 @@ static BACKING: [Pages<{ AREA + 1 }>; 3] = [Pages::new(), Pages::new(), Pages::n
 static FRONT: [Pages<{ AREA + 2 }>; 3] = [Pages::new(), Pages::new(), Pages::new()];
 static TABLE_WINDOW: Pages<TABLE_FRAMES> = Pages::new();
 static STATUS_WINDOW: Pages<STATUS_FRAMES> = Pages::new();
+/// Where the other domain's pages and table are seen.
+static OTHER_PAGE: Pages<8> = Pages::new();
+static OTHER_TABLE_WINDOW: Pages<TABLE_FRAMES> = Pages::new();
 /// Arguments of the kernel's own hypercalls, and the lists that they fill.
 static OWN: Pages<2> = Pages::new();
 
@@ -75,6 +80,9 @@ pub struct RealXen {
     pages: [u64; PAGES as usize],
     slot_ptes: [u64; SLOTS as usize],
     slots_table: u64,
+    other_pages: [u64; PAGES as usize],
+    other_table: [u64; TABLE_FRAMES],
+    other_frames: usize,
 }
 
 impl RealXen {
@@ -106,22 +114,63 @@ impl RealXen {
             pages: core::array::from_fn(|page| frame_of(PAGE.addr() + page as u64 * 4096)),
             slot_ptes: core::array::from_fn(|slot| pte_of(SLOT.addr() + slot as u64 * 4096)),
             slots_table: 0,
+            other_pages: [0; PAGES as usize],
+            other_table: [0; TABLE_FRAMES],
+            other_frames: 0,
         };
         world.slots_table = frame_of(world.slot_ptes[0] & !0xFFF);
         for slot in 0..SLOTS {
             assert!(world.set_pte(slot, None), "a slot");
         }
-        for page in 0..PAGES {
+        let made = crate::domain::create(OWN.addr(), OTHER, &mut world.other_pages);
+        assert!(made, "the other domain");
+        for (page, frame) in (0..).zip(world.other_pages) {
+            let there = OTHER_PAGE.addr() + page * 4096;
+            assert!(
+                map_foreign(there, frame << 12 | RW, OTHER),
+                "the other domain's page"
+            );
+        }
+        for page in (0..PAGES).chain(OTHER_PAGES..OTHER_PAGES + PAGES) {
             world.reset_page(page);
         }
         world.refresh();
         world
     }
 
+    /// How many frames a table has; their numbers are left in a list.
+    fn frames_of(&self, dom: u64, list: u64) -> usize {
+        assert_eq!(self.own_call(6, &dom.to_le_bytes()), 0, "query_size");
+        let frames = load64(OWN.addr()) >> 32;
+        let mut setup = [0; 24];
+        setup[..8].copy_from_slice(&(dom | frames << 32).to_le_bytes());
+        setup[16..].copy_from_slice(&list.to_le_bytes());
+        assert_eq!(self.own_call(2, &setup), 0, "setup_table");
+        frames as usize
+    }
+
     fn own_call(&self, op: u64, bytes: &[u8]) -> i64 {
         store_bytes(OWN.addr(), bytes);
         hypercall(GRANT_TABLE_OP, op, OWN.addr(), 1, 0)
     }
+}
+
+fn window_of(other: bool) -> u64 {
+    if other {
+        OTHER_TABLE_WINDOW.addr()
+    } else {
+        TABLE_WINDOW.addr()
+    }
+}
+
+/// Where a page is seen whatever happens to the slots.
+fn home_of(page: u64) -> u64 {
+    let window = if page < PAGES {
+        PAGE.addr()
+    } else {
+        OTHER_PAGE.addr()
+    };
+    window + page % 8 * 4096
 }
 
 fn area_of(area: u8) -> usize {
@@ -150,6 +199,10 @@ impl World for RealXen {
             ..PAGES => Some(self.pages[name as usize]),
             SLOTS_TABLE => Some(self.slots_table),
             TABLE..STATUS => self.table[..self.frames].get((name - TABLE) as usize).copied(),
+            OTHER_PAGES..TABLE => self.other_pages.get((name - OTHER_PAGES) as usize).copied(),
+            OTHER_TABLE.. => self.other_table[..self.other_frames]
+                .get((name - OTHER_TABLE) as usize)
+                .copied(),
             STATUS.. => self.status[..self.status_frames]
                 .get((name - STATUS) as usize)
                 .copied(),
@@ -168,6 +221,8 @@ impl World for RealXen {
         find(&self.pages, 0)
             .or_else(|| find(&self.table[..self.frames], TABLE))
             .or_else(|| find(&self.status[..self.status_frames], STATUS))
+            .or_else(|| find(&self.other_pages, OTHER_PAGES))
+            .or_else(|| find(&self.other_table[..self.other_frames], OTHER_TABLE))
     }
 
     fn slot(&self, slot: u64) -> u64 {
@@ -192,42 +247,50 @@ impl World for RealXen {
                 frame << 12 | if writable { RW } else { RO }
             }
         };
+        if page.is_some_and(|(name, _)| (OTHER_PAGES..TABLE).contains(&name) || name >= OTHER_TABLE) {
+            return map_foreign(self.slot(slot), pte, OTHER);
+        }
         map(self.slot(slot), pte)
     }
 
     fn load(&self, slot: u64, offset: u16) -> u8 {
+        // A grant mapped over another mapping leaves the old translation to the kernel to flush.
+        flush(self.slot(slot));
         load8(self.slot(slot) + u64::from(offset))
     }
 
     fn store(&mut self, slot: u64, offset: u16, byte: u8) {
+        flush(self.slot(slot));
         store8(self.slot(slot) + u64::from(offset), byte);
     }
 
     fn page_word(&self, page: u64, word: usize) -> u64 {
-        load64(PAGE.addr() + (page % PAGES) * 4096 + word as u64 * 8)
+        load64(home_of(page) + word as u64 * 8)
     }
 
     fn reset_page(&mut self, page: u64) {
         for word in 0..512 {
-            let at = PAGE.addr() + (page % PAGES) * 4096 + word * 8;
-            store64(at, gnttab_conformance::play::pattern(page, word));
+            store64(
+                home_of(page) + word * 8,
+                gnttab_conformance::play::pattern(page, word),
+            );
         }
     }
 
     fn other_pages(&self) -> u64 {
-        0
+        PAGES
     }
 
     fn table_bytes(&self, other: bool) -> u64 {
-        if other { 0 } else { self.frames as u64 * 4096 }
+        4096 * if other { self.other_frames } else { self.frames } as u64
     }
 
-    fn table_load(&self, _other: bool, offset: u64, into: &mut [u8]) {
-        load_bytes(TABLE_WINDOW.addr() + offset, into);
+    fn table_load(&self, other: bool, offset: u64, into: &mut [u8]) {
+        load_bytes(window_of(other) + offset, into);
     }
 
-    fn table_store(&mut self, _other: bool, offset: u64, size: u8, value: u64) {
-        let at = TABLE_WINDOW.addr() + offset;
+    fn table_store(&mut self, other: bool, offset: u64, size: u8, value: u64) {
+        let at = window_of(other) + offset;
         let [byte, ..] = value.to_le_bytes();
         match size {
             1 => store8(at, byte),
@@ -254,13 +317,18 @@ impl World for RealXen {
     fn refresh(&mut self) {
         const SELF: u64 = 0x7FF0;
         let list = OWN.addr() + 4096;
-        // query_size, setup_table of as much as there is, get_version, get_status_frames.
-        assert_eq!(self.own_call(6, &SELF.to_le_bytes()), 0, "query_size");
-        let frames = (load64(OWN.addr()) >> 32) as usize;
-        let mut setup = [0; 24];
-        setup[..8].copy_from_slice(&(SELF | (frames as u64) << 32).to_le_bytes());
-        setup[16..].copy_from_slice(&list.to_le_bytes());
-        assert_eq!(self.own_call(2, &setup), 0, "setup_table");
+        let frames = self.frames_of(u64::from(OTHER), list);
+        for index in 0..frames.min(TABLE_FRAMES) {
+            let frame = load64(list + index as u64 * 8);
+            if index >= self.other_frames {
+                let there = OTHER_TABLE_WINDOW.addr() + index as u64 * 4096;
+                let mapped = map_foreign(there, frame << 12 | RW, OTHER);
+                assert!(mapped, "a frame of the other's table");
+            }
+            self.other_table[index] = frame;
+        }
+        self.other_frames = frames.min(TABLE_FRAMES);
+        let frames = self.frames_of(SELF, list);
         for index in 0..frames.min(TABLE_FRAMES) {
             let frame = load64(list + index as u64 * 8);
             if index >= self.frames || self.table[index] != frame {

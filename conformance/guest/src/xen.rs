@@ -129,7 +129,13 @@ pub fn hypercall(number: u64, a: u64, b: u64, c: u64, d: u64) -> i64 {
     result
 }
 
+const MEMORY_OP: u64 = 12;
 const UPDATE_VA_MAPPING: u64 = 14;
+const UPDATE_VA_MAPPING_OTHERDOMAIN: u64 = 22;
+const MMUEXT_OP: u64 = 26;
+const DOMCTL: u64 = 36;
+const INVLPG_LOCAL: u64 = 7;
+const DOMID_SELF: u64 = 0x7FF0;
 const CONSOLE_IO: u64 = 18;
 const SCHED_OP: u64 = 29;
 /// Flush this processor's translation of the one address.
@@ -138,6 +144,29 @@ const INVALIDATE: u64 = 2;
 /// Puts an entry into the kernel's page tables; false if Xen refuses.
 pub fn map(addr: u64, pte: u64) -> bool {
     hypercall(UPDATE_VA_MAPPING, addr, pte, INVALIDATE, 0) == 0
+}
+
+/// Puts an entry for another domain's frame into the kernel's page tables; false if Xen refuses.
+pub fn map_foreign(addr: u64, pte: u64, domain: u16) -> bool {
+    let domain = u64::from(domain);
+    hypercall(UPDATE_VA_MAPPING_OTHERDOMAIN, addr, pte, INVALIDATE, domain) == 0
+}
+
+/// Forgets this processor's translation of an address.
+pub fn flush(addr: u64) {
+    // struct mmuext_op: command, linear address, nothing.
+    let operation = [INVLPG_LOCAL, addr, 0];
+    hypercall(MMUEXT_OP, (&raw const operation) as u64, 1, 0, DOMID_SELF);
+}
+
+/// A memory operation on a structure at an address.
+pub fn memory_op(command: u64, addr: u64) -> i64 {
+    hypercall(MEMORY_OP, command, addr, 0, 0)
+}
+
+/// A domain-control operation on a structure at an address.
+pub fn domctl(addr: u64) -> i64 {
+    hypercall(DOMCTL, addr, 0, 0, 0)
 }
 
 /// Gives the processor up for a moment.
