@@ -288,6 +288,11 @@ impl Extra {
         Extra(u64::from(start) | u64::from(length) << 16)
     }
 
+    /// What is kept of a sub-page's part.
+    pub(crate) fn kept(self) -> Extra {
+        Extra(self.0 & !0x8000)
+    }
+
     pub(crate) fn transitive(domid: DomId, gref: GrantRef) -> Extra {
         Extra(u64::from(gref.0) | u64::from(domid.0) << 32)
     }

@@ -413,7 +413,7 @@ impl<H: Hypervisor> Processor<'_, H> {
                 UseKind::Whole
             };
             if let Some(part) = part {
-                entry.set_extra(part);
+                entry.set_extra(part.kept());
                 domain.table.v2_ops.fetch_add(1, Ordering::SeqCst);
             }
             let first = State::first(user, kind, wanted);
@@ -563,12 +563,13 @@ fn range_of(entry: &Entry<'_>, state: State) -> (u32, u32) {
     }
 }
 
-/// The part that a sub-page entry grants, read once; the offset keeps 15 bits (spec 2.3).
+/// The part that a sub-page entry grants, as it is written, read once. Of the offset 15 bits are kept
+/// (spec 2.3), so that a use with more bits is never found unchanged when it is to become a write.
 fn sub_page_of(entry: &Entry<'_>, flags: EntryFlags) -> Option<Extra> {
     match &entry.shared {
         SharedEntry::V2(shared) if flags.contains(EntryFlags::SUB_PAGE) => {
             let (page_off, length) = shared.load_halves();
-            Some(Extra::sub_page(page_off & 0x7FFF, length))
+            Some(Extra::sub_page(page_off, length))
         }
         _ => None,
     }
