@@ -24,6 +24,7 @@
 //!    a thread of the calling vCPU's own, and no lock is held while waiting for a domain.
 //! 3. Dropping the monitor ends every domain.
 
+mod join;
 mod life;
 mod machine;
 mod memory;
@@ -54,6 +55,7 @@ use crate::area::Closer;
 use crate::confine::Isolation;
 use crate::launch::{LaunchError, Program, Starter};
 use crate::sys::{self, ChannelError, EventPort, MemoryError, Poller};
+use join::Door;
 use life::{DOORBELL, SERVICE_PROCESSOR};
 use machine::Machine;
 use memory::MOST_RAM_PAGES;
@@ -240,6 +242,7 @@ pub struct Ended {
 
 /// A running monitor. Dropping it ends every domain.
 pub struct Monitor {
+    doors: Mutex<Vec<Door>>,
     shared: Arc<Shared>,
     undertaker: Option<JoinHandle<()>>,
 }
@@ -351,6 +354,7 @@ impl Monitor {
             .spawn(move || watched.watch())
             .map_err(MonitorError::io("thread"))?;
         Ok(Monitor {
+            doors: Mutex::default(),
             shared,
             undertaker: Some(undertaker),
         })
@@ -422,6 +426,10 @@ impl Monitor {
 
 impl Drop for Monitor {
     fn drop(&mut self) {
+        self.doors
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
         self.shared.state().stopping = true;
         // The undertaker holds the other end.
         let _ = self.shared.doorbell.send();

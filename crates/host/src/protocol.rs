@@ -44,7 +44,7 @@ const VERSION: u32 = 1;
 
 /// Why bytes are not what they should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the {what} from the monitor is not one: {why}")]
+#[error("not a {what}: {why}")]
 pub struct BadMessage {
     what: &'static str,
     why: &'static str,
@@ -67,6 +67,37 @@ pub struct Hello {
     /// Pages set aside for its grant table and status words.
     pub table_pages: u32,
 }
+
+/// What a program says that joins over a socket, before the monitor's [`Hello`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Join {
+    /// What people are to call the domain; up to 32 bytes are kept.
+    pub name: String,
+    /// How many vCPUs it is to have.
+    pub vcpus: u16,
+    /// Pages of its memory.
+    pub ram_pages: u32,
+    /// Pages for others' pages.
+    pub foreign_pages: u32,
+}
+
+impl Default for Join {
+    fn default() -> Self {
+        Join {
+            name: "joined".into(),
+            vcpus: 1,
+            ram_pages: 16 * 1024,
+            foreign_pages: 4096,
+        }
+    }
+}
+
+/// Bytes of a [`Join`].
+pub const JOIN_SIZE: usize = 64;
+/// What the monitor says in the place of a hello begins with this, if it says why not.
+pub const REFUSAL: &[u8] = b"no: ";
+const JOIN_MAGIC: u32 = 0x4754_4e4a;
+const NAME: usize = 32;
 
 /// Descriptors that come with a [`Hello`].
 pub const HELLO_DESCRIPTORS: usize = 4;
@@ -174,6 +205,61 @@ impl Hello {
     }
 }
 
+impl Join {
+    /// As bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; JOIN_SIZE] {
+        let mut bytes = [0; JOIN_SIZE];
+        let words = [
+            JOIN_MAGIC,
+            VERSION,
+            self.vcpus.into(),
+            self.ram_pages,
+            self.foreign_pages,
+        ];
+        for (at, word) in bytes.chunks_exact_mut(4).zip(words) {
+            at.copy_from_slice(&word.to_le_bytes());
+        }
+        let cut = (0..=NAME.min(self.name.len()))
+            .rev()
+            .find(|at| self.name.is_char_boundary(*at));
+        let name = self.name.get(..cut.unwrap_or(0)).unwrap_or_default().as_bytes();
+        bytes[NAME..NAME + name.len()].copy_from_slice(name);
+        bytes
+    }
+
+    /// From bytes.
+    ///
+    /// # Errors
+    /// [`BadMessage`] for anything that [`Self::encode`] does not make.
+    pub fn decode(bytes: &[u8]) -> Result<Join, BadMessage> {
+        let bad = |why| BadMessage {
+            what: "request to join",
+            why,
+        };
+        if bytes.len() != JOIN_SIZE {
+            return Err(bad("its length is wrong"));
+        }
+        if word(bytes, 0) != JOIN_MAGIC {
+            return Err(bad("it is no request to join"));
+        }
+        if word(bytes, 4) != VERSION {
+            return Err(bad("the program and the monitor are of different versions"));
+        }
+        let name = bytes[NAME..].split(|byte| *byte == 0).next().unwrap_or_default();
+        let name = std::str::from_utf8(name).map_err(|_| bad("the name is not UTF-8"))?;
+        if name.chars().any(char::is_control) {
+            return Err(bad("the name is not printable"));
+        }
+        Ok(Join {
+            name: name.to_owned(),
+            vcpus: u16::try_from(word(bytes, 8)).map_err(|_| bad("there are too many vCPUs"))?,
+            ram_pages: word(bytes, 12),
+            foreign_pages: word(bytes, 16),
+        })
+    }
+}
+
 impl Notice {
     /// As bytes.
     #[must_use]
@@ -252,6 +338,30 @@ mod tests {
                 key: 0x1234_5678_9abc_def0,
             };
             assert_eq!(Notice::decode(&notice.encode()), Ok(notice));
+        }
+    }
+
+    #[test]
+    fn a_request_to_join_comes_back_as_sent_and_others_are_refused() {
+        let join = Join {
+            name: "front".into(),
+            vcpus: 3,
+            ram_pages: 77,
+            foreign_pages: 5,
+        };
+        assert_eq!(Join::decode(&join.encode()), Ok(join.clone()));
+        let long = Join {
+            name: "é".repeat(40),
+            ..join.clone()
+        };
+        assert_eq!(Join::decode(&long.encode()).unwrap().name, "é".repeat(16));
+        for len in 0..JOIN_SIZE {
+            assert!(Join::decode(&join.encode()[..len]).is_err());
+        }
+        for (at, value) in [(0, 0), (4, 9), (10, 1), (32, 0xff), (33, 0x1b)] {
+            let mut bytes = join.encode();
+            bytes[at] = value;
+            assert!(Join::decode(&bytes).is_err(), "byte {at}");
         }
     }
 

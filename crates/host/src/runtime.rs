@@ -48,6 +48,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -56,7 +57,7 @@ use gnttab_abi::{DomId, Errno, Gfn, PAGE_SIZE};
 
 use crate::area::{CallError, Caller, Request};
 use crate::protocol::{
-    self, BadMessage, HELLO_DESCRIPTORS, HELLO_SIZE, Hello, NOTICE_SIZE, Notice, NoticeKind,
+    self, BadMessage, HELLO_DESCRIPTORS, Hello, JOIN_SIZE, Join, NOTICE_SIZE, Notice, NoticeKind, REFUSAL,
 };
 use crate::sys::{self, Access, Channel, ChannelError, MAX_DESCRIPTORS, Window, WindowError};
 use guest::Frames;
@@ -78,6 +79,17 @@ pub enum JoinError {
     /// It said something else than it should.
     #[error("cannot join the machine: {0}")]
     Message(#[from] BadMessage),
+    /// It does not take this program in.
+    #[error("cannot join the machine: {0}")]
+    Refused(String),
+    /// There is no monitor.
+    #[error("cannot join the machine at {}: {errno}", .path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        errno: rustix::io::Errno,
+    },
     /// Descriptors are missing.
     #[error("cannot join the machine: {got} descriptors came with the {what}, expected {expected}")]
     Descriptors {
@@ -179,9 +191,13 @@ impl Domain {
     /// [`JoinError`].
     pub fn join(channel: Channel) -> Result<Arc<Domain>, JoinError> {
         sys::become_undumpable().map_err(JoinError::Dumpable)?;
-        let mut bytes = [0; HELLO_SIZE];
+        let mut bytes = [0; JOIN_SIZE];
         let message = listen(&channel, &mut bytes)?;
-        let hello = Hello::decode(bytes.get(..message.len).unwrap_or_default())?;
+        let said = bytes.get(..message.len).unwrap_or_default();
+        if let Some(why) = said.strip_prefix(REFUSAL) {
+            return Err(JoinError::Refused(String::from_utf8_lossy(why).into_owned()));
+        }
+        let hello = Hello::decode(said)?;
         let [ram, tables, exposure, store] = exactly::<HELLO_DESCRIPTORS>("hello", message.descriptors)?;
 
         let ram_pages = usize_of(hello.ram_pages);
@@ -223,6 +239,21 @@ impl Domain {
             frames: Frames::default(),
             store: Mutex::new(Some(store.into())),
         }))
+    }
+
+    /// Becomes a domain of the machine whose monitor listens at `path`
+    /// ([`Monitor::listen`](crate::monitor::Monitor::listen)). Such a domain is never called isolated.
+    ///
+    /// # Errors
+    /// [`JoinError`].
+    pub fn join_at(path: &Path, join: &Join) -> Result<Arc<Domain>, JoinError> {
+        let refused = |errno| JoinError::Connect {
+            path: path.to_owned(),
+            errno,
+        };
+        let channel = Channel::connect(path).map_err(refused)?;
+        channel.send_bytes(&join.encode())?;
+        Domain::join(channel)
     }
 
     /// Its number.

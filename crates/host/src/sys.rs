@@ -14,6 +14,7 @@ pub(crate) mod attack;
 mod bridge;
 mod channel;
 mod event;
+mod listener;
 mod memory;
 mod process;
 mod window;
@@ -21,6 +22,7 @@ mod window;
 pub use bridge::WindowPages;
 pub use channel::{Channel, ChannelError, MAX_DESCRIPTORS, Message};
 pub use event::{Event, EventPort, Poller};
+pub use listener::Listener;
 pub use memory::{Backing, MemoryError, SealedMemory};
 pub(crate) use process::{
     become_undumpable, become_user, die_with_parent, give_up_new_privileges, is_root, limit,

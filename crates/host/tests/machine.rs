@@ -7,13 +7,15 @@
 mod roles;
 
 use std::io::Read;
-use std::process::{ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use gnttab_abi::DomId;
 use gnttab_host::hostile::Attempt;
-use gnttab_host::launch::{self, Program};
-use gnttab_host::monitor::{Counters, DomainSpec, Ended, Monitor, MonitorError, Settings};
+use gnttab_host::launch::{self, Code, Program, Start};
+use gnttab_host::monitor::{Counters, DomainSpec, Ended, Monitor, MonitorError, Settings, State};
+use gnttab_host::protocol::Join;
+use gnttab_host::runtime::JoinError;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// Tests by the name of their function.
@@ -24,6 +26,13 @@ macro_rules! trials {
 fn main() -> ExitCode {
     if let Some(code) = launch::domain_main(roles::ROLES) {
         return code;
+    }
+    // An executable that runs as a domain, and one that joins.
+    if let Ok(start) = Start::from_environment() {
+        return roles::executed(start);
+    }
+    if let Some(path) = std::env::var_os("GNTTAB_TEST_JOIN") {
+        return roles::joining(path.as_ref());
     }
     let trials = trials![
         a_page_is_granted_mapped_written_ended_and_renewed,
@@ -37,6 +46,8 @@ fn main() -> ExitCode {
         a_glutton_meets_its_limits_and_no_one_else_does,
         what_is_asked_wrongly_is_refused_and_leaves_nothing,
         nothing_is_leaked_when_domains_are_killed_at_any_instant,
+        a_program_joins_over_a_socket_and_is_not_called_isolated,
+        an_executable_is_a_domain_too,
         dropping_the_monitor_ends_every_domain,
     ];
     // One after the other: some count the descriptors of this process.
@@ -383,6 +394,81 @@ fn nothing_is_leaked_when_domains_are_killed_at_any_instant() -> Result<(), Fail
         in_the_middle > rounds / 4,
         "pages were mapped in {in_the_middle} of {rounds} rounds only"
     );
+    Ok(())
+}
+
+/// A grantee that nobody started as a domain: this executable, as a plain process.
+fn a_program_joins_over_a_socket_and_is_not_called_isolated() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("machine");
+    machine.monitor.listen(&path)?;
+    let granter = machine.start("granter", &["2"])?;
+    let mut joining = Command::new("/proc/self/exe")
+        .env("GNTTAB_TEST_JOIN", &path)
+        .spawn()?;
+    // It is there for a short time.
+    let seen = until("it has joined", || {
+        let Ok(info) = machine.monitor.domain(DomId(2)) else {
+            return Ok(false);
+        };
+        let as_it_should = (info.name.as_str(), info.isolated, info.pid) == ("visitor", false, None);
+        Ok(info.state == State::Running && as_it_should)
+    });
+    assert!(joining.wait()?.success());
+    seen?;
+    assert_eq!(machine.finish(granter)?.trim(), "saw world, got the page back");
+    let ended = machine
+        .monitor
+        .wait_for(DomId(2), PATIENCE)?
+        .ok_or("a domain that hung up goes on")?;
+    assert_eq!(
+        ended,
+        Ended {
+            status: None,
+            crashed: None
+        }
+    );
+
+    let too_many = Join {
+        vcpus: 1000,
+        ..Join::default()
+    };
+    let refused = gnttab_host::runtime::Domain::join_at(&path, &too_many);
+    assert!(matches!(refused, Err(JoinError::Refused(_))), "{refused:?}");
+    let none = Join {
+        ram_pages: 0,
+        ..Join::default()
+    };
+    let refused = gnttab_host::runtime::Domain::join_at(&path, &none);
+    assert!(matches!(refused, Err(JoinError::Refused(_))), "{refused:?}");
+    drop(machine);
+    assert!(!path.exists());
+    Ok(())
+}
+
+/// The loader, the C library and the program run under the filter for executables.
+fn an_executable_is_a_domain_too() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let granter = machine.start("granter", &["2"])?;
+    let (mut spec, output) = Machine::spec("", &["1"])?;
+    spec.program.code = Code::Executable(std::env::current_exe()?);
+    let id = match machine.monitor.create(spec) {
+        Err(MonitorError::NotIsolated { missing, .. }) => {
+            println!(
+                "skipped: an executable cannot be isolated here, for want of {}",
+                missing.join(", ")
+            );
+            return Ok(());
+        }
+        created => created?,
+    };
+    assert!(machine.monitor.domain(id)?.isolated);
+    assert_eq!(
+        machine.finish(Domain { id, output })?.trim(),
+        "saw hello, wrote world"
+    );
+    assert_eq!(machine.finish(granter)?.trim(), "saw world, got the page back");
     Ok(())
 }
 

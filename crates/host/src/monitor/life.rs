@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use gnttab_abi::DomId;
-use gnttab_engine::{Domain, DomainKind, MAX_GRANT_FRAMES, Release, Vcpu};
+use gnttab_engine::{CreateError, Domain, DomainKind, MAX_GRANT_FRAMES, Release, Vcpu};
 use gnttab_xenstore::DomId as StoreDomId;
 use gnttab_xenstore::client::Nodes;
 use gnttab_xenstore::perms::{Access as StoreAccess, Perms};
@@ -112,12 +112,7 @@ impl Shared {
 
     /// Makes a domain and starts its program.
     pub(super) fn create(self: &Arc<Self>, mut spec: DomainSpec) -> Result<DomId, MonitorError> {
-        if spec.ram_pages == 0 || spec.ram_pages > MOST_RAM_PAGES {
-            return Err(MonitorError::RamPages {
-                name: spec.name,
-                asked: spec.ram_pages,
-            });
-        }
+        check(&spec)?;
         let reserved = self.reserve(&spec)?;
         spec.program.confinement.user = Some(self.settings.first_user + u32::from(reserved.id.0));
         let program = std::mem::replace(&mut spec.program, Program::role(""));
@@ -170,6 +165,19 @@ impl Shared {
                         Err(error)
                     }
                 }
+            }
+        }
+    }
+
+    /// Makes a program that has joined a domain.
+    pub(super) fn admit(&self, spec: &DomainSpec, channel: Channel) -> Result<DomId, MonitorError> {
+        check(spec)?;
+        let reserved = self.reserve(spec)?;
+        match self.make(spec, &reserved, channel, None) {
+            Ok(running) => self.begin(reserved, running),
+            Err(error) => {
+                self.give_back(&reserved);
+                Err(error)
             }
         }
     }
@@ -498,6 +506,21 @@ impl Shared {
             }
         }
     }
+}
+
+/// What cannot be, before anything is set aside for it.
+fn check(spec: &DomainSpec) -> Result<(), MonitorError> {
+    let (name, asked) = (spec.name.clone(), spec.ram_pages);
+    if asked == 0 || asked > MOST_RAM_PAGES {
+        return Err(MonitorError::RamPages { name, asked });
+    }
+    if spec.limits.vcpus == 0 {
+        return Err(MonitorError::Create {
+            name,
+            source: CreateError::NoVcpus,
+        });
+    }
+    Ok(())
 }
 
 impl Process {

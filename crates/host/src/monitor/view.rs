@@ -13,6 +13,8 @@ use crate::confine::Isolation;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
+    /// It is being made.
+    Starting,
     /// Its process runs.
     Running,
     /// Its process is dead; others still use its pages.
@@ -24,7 +26,7 @@ pub enum State {
 pub struct DomainInfo {
     /// Its number.
     pub id: u16,
-    /// What people call it; empty for a dying one.
+    /// What people call it; empty unless it runs.
     pub name: String,
     /// In which part of its life it is.
     pub state: State,
@@ -34,7 +36,7 @@ pub struct DomainInfo {
     pub age_ms: u64,
     /// Whether every wall that matters stands around it.
     pub isolated: bool,
-    /// The walls that stand; `None` for a domain that joined or is dying.
+    /// The walls that stand; `None` for a domain that joined, or does not run.
     pub isolation: Option<Isolation>,
     /// How many of its pages have been made shareable.
     pub shareable_pages: u64,
@@ -196,10 +198,10 @@ impl Shared {
         Some(DomainInfo {
             id: id.0,
             name: running.map(|running| running.name.clone()).unwrap_or_default(),
-            state: if running.is_some() {
-                State::Running
-            } else {
-                State::Dying
+            state: match running {
+                Some(_) => State::Running,
+                None if domain.is_dying() => State::Dying,
+                None => State::Starting,
             },
             pid: running.and_then(|running| Some(running.process.as_ref()?.child.id())),
             age_ms: running.map_or(0, age_ms),

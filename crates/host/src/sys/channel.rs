@@ -91,6 +91,16 @@ impl Channel {
         Channel { socket }
     }
 
+    /// The same end once more: the other side sees it closed when all of them are.
+    ///
+    /// # Errors
+    /// The kernel's, when descriptors have run out.
+    pub fn try_clone(&self) -> Result<Channel, Errno> {
+        Ok(Channel {
+            socket: rustix::io::fcntl_dupfd_cloexec(&self.socket, 3)?,
+        })
+    }
+
     /// The socket.
     #[must_use]
     pub fn into_socket(self) -> OwnedFd {

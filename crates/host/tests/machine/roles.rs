@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::error::Error;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,7 +13,7 @@ use gnttab_guest::{Access, Config, GrantTable, MapRequest, Mapper, Part, Version
 use gnttab_host::area::AREA_PAGES;
 use gnttab_host::hostile;
 use gnttab_host::launch::{Role, Start};
-use gnttab_host::protocol::ABI;
+use gnttab_host::protocol::{ABI, Join};
 use gnttab_host::runtime::io::{Back, Front};
 use gnttab_host::runtime::{Domain, Port};
 use gnttab_host::sys::{self, Poller, Window};
@@ -53,6 +54,30 @@ fn end(outcome: Outcome) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// What this executable does when it is not a role but the program itself.
+pub(crate) fn executed(start: Start) -> ExitCode {
+    end(grantee(start))
+}
+
+/// What it does as a plain process that joins.
+pub(crate) fn joining(path: &Path) -> ExitCode {
+    let join = Join {
+        name: "visitor".into(),
+        ..Join::default()
+    };
+    let outcome = Domain::join_at(path, &join)
+        .map_err(Box::from)
+        .and_then(|domain| {
+            let store = Client::new(domain.take_store().ok_or("no store")?);
+            map_and_answer(Joined {
+                domain,
+                store,
+                peer: DomId(1),
+            })
+        });
+    end(outcome)
 }
 
 /// A domain that has joined, with its store and the number of its peer, which is its first argument.
@@ -122,7 +147,10 @@ fn granter(start: Start) -> Outcome {
 }
 
 fn grantee(start: Start) -> Outcome {
-    let mut joined = join(start)?;
+    map_and_answer(join(start)?)
+}
+
+fn map_and_answer(mut joined: Joined) -> Outcome {
     let mapper = Mapper::new(Arc::clone(&joined.domain), joined.domain.foreign_window()?)?;
     let (gref, port) = (GrantRef(joined.hear("gref")?), joined.hear("port")?);
     let port = joined.domain.bind_port(joined.peer, port)?;
@@ -137,6 +165,8 @@ fn grantee(start: Start) -> Outcome {
     joined.domain.memory().read(at, &mut seen)?;
     joined.domain.memory().write(at, b"world")?;
     mapping.unmap()?;
+    // So that an observer can see this domain.
+    std::thread::sleep(Duration::from_millis(50));
     port.send();
     println!("saw {}, wrote world", String::from_utf8_lossy(&seen));
     Ok(())
