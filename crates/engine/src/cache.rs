@@ -1,7 +1,9 @@
 //! `cache_flush` (spec 3.13).
 //!
 //! The checks, in order: range and operation; nothing to do; a memory frame; an owner with a
-//! table; the caller's own page, or one that the caller has in use by grant at this moment.
+//! table; the caller's own page, or one that the caller has in use by grant at this moment. Of
+//! several such grants the one with the lowest reference counts, and if nobody writes through it,
+//! nothing is invalidated that has not been cleaned.
 
 use gnttab_abi::{CacheFlush, CacheOp, Errno, GrantRef, Op, PAGE_SIZE};
 
@@ -77,13 +79,13 @@ impl<H: Hypervisor> Processor<'_, H> {
             .frame_owner(mfn)
             .map_err(|_| Errno::Inval)?
             .ok_or(Errno::Perm)?;
-        let maintain = || {
-            hv.cache_flush(mfn, item.offset, item.length, item.op)
+        let maintain = |op| {
+            hv.cache_flush(mfn, item.offset, item.length, op)
                 .map(|()| Flushed::Done)
         };
         // 5
         if owner == caller {
-            return maintain();
+            return maintain(item.op);
         }
         // 6: inside the owner's table, so that what is found stays found until the flush is done
         let granter = self.enter(owner).ok_or(Errno::Perm)?;
@@ -96,7 +98,13 @@ impl<H: Hypervisor> Processor<'_, H> {
             let state = entry.active.load();
             if state.is_pinned() && state.grantee() == caller && entry.active.mfn() == mfn {
                 hv.hook(Hook::CacheFound);
-                return maintain();
+                // Whoever may only read must not throw away what others have written.
+                let discards = item.op.contains(CacheOp::INVAL) && !state.is_write_pinned();
+                return maintain(if discards {
+                    item.op | CacheOp::CLEAN
+                } else {
+                    item.op
+                });
             }
         }
         if end >= view.entries() {
