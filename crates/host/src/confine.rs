@@ -40,7 +40,7 @@ use crate::sys;
 /// What a domain's process may have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Confinement {
-    /// The user to become, where the monitor is root. One of its own for each domain.
+    /// The user to become, where the monitor is root and has that user. One of its own for each domain.
     pub user: Option<u32>,
     /// Descriptors that the process may have.
     pub descriptors: u64,
@@ -89,7 +89,7 @@ pub struct Landlock {
 pub struct Isolation {
     /// The user that the process became; `None`: it runs as the monitor's own.
     pub own_user: Option<u32>,
-    /// No capability is left (it is not root).
+    /// No capability is left.
     pub no_capabilities: bool,
     /// It cannot gain privileges by `execve`.
     pub no_new_privileges: bool,
@@ -127,7 +127,7 @@ impl Isolation {
         };
         need(self.system_calls, "system-call filter (seccomp)");
         need(self.no_new_privileges, "no new privileges");
-        need(self.no_capabilities, "dropped root and capabilities");
+        need(self.no_capabilities, "dropped capabilities");
         // A program that is executed closes itself when it joins its domain.
         need(
             self.undumpable || self.own_user.is_some() || self.executes,
@@ -182,12 +182,15 @@ pub(crate) fn confine(wanted: &Confinement, monitor: Pid) -> Result<Isolation, C
     limit(Resource::Data, wanted.private_memory)?;
     limit(Resource::Memlock, 0)?;
     isolation.limits = true;
-    if let Some(user) = wanted.user.filter(|_| sys::is_root()) {
-        limit(Resource::Nproc, wanted.threads)?;
-        sys::become_user(user).map_err(step("become a user of its own"))?;
+    if let Some(user) = wanted.user
+        && sys::become_user(user).map_err(step("become a user of its own"))?
+    {
         isolation.own_user = Some(user);
+        // Counted by user: of a user that others have too, this would count theirs.
+        limit(Resource::Nproc, wanted.threads)?;
     }
-    isolation.no_capabilities = !sys::is_root();
+    sys::give_up_capabilities().map_err(step("give up capabilities"))?;
+    isolation.no_capabilities = true;
     // After the change of user, which sets both back.
     sys::become_undumpable().map_err(step("PR_SET_DUMPABLE"))?;
     isolation.undumpable = wanted.program.is_none();
@@ -419,11 +422,8 @@ fn allowed(wanted: &Confinement) -> Result<Allowed, ConfineError> {
     ] {
         when(libc::SYS_fcntl, vec![int(1, Is::Eq, number(command))?])?;
     }
-    for request in [libc::FIONBIO, libc::FIONREAD, libc::TCGETS] {
-        when(
-            libc::SYS_ioctl,
-            vec![int(1, Is::Eq, request & u64::from(u32::MAX))?],
-        )?;
+    for request in [FIONBIO, FIONREAD, TCGETS] {
+        when(libc::SYS_ioctl, vec![int(1, Is::Eq, request)?])?;
     }
     // send() on a connection; an address would start one.
     when(libc::SYS_sendto, vec![long(4, Is::Eq, 0)?])?;
@@ -470,6 +470,10 @@ fn allowed(wanted: &Confinement) -> Result<Allowed, ConfineError> {
     Ok(allowed)
 }
 
+/// Numbers of `ioctl` on both architectures; the C libraries do not agree on their type.
+const FIONBIO: u64 = 0x5421;
+const FIONREAD: u64 = 0x541b;
+const TCGETS: u64 = 0x5401;
 /// From Linux 6.13, used for the guard pages of stacks.
 const MADV_GUARD_INSTALL: i32 = 102;
 /// Flags of `open` that neither write nor create.

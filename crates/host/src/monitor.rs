@@ -84,11 +84,18 @@ impl Default for Settings {
             max_vcpus: 255,
             store_socket: None,
             quotas: Quotas::default(),
-            // Above every range that distributions and containers hand out.
-            first_user: 1_900_000_000,
+            first_user: first_user(),
             require_isolation: true,
         }
     }
+}
+
+/// Above every range that distributions and containers hand out, and another for each monitor: two that
+/// run at the same time as root do not share users, but by chance.
+fn first_user() -> u32 {
+    const FIRST: u32 = 1_900_000_000;
+    const MONITORS: u32 = 7000;
+    FIRST + std::process::id() % MONITORS * (u32::from(DomId::FIRST_RESERVED.0) + 1)
 }
 
 /// A domain to be made.

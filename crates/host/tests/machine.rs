@@ -34,6 +34,9 @@ fn main() -> ExitCode {
     if let Some(path) = std::env::var_os("GNTTAB_TEST_JOIN") {
         return roles::joining(path.as_ref());
     }
+    if std::env::var_os("GNTTAB_TEST_MONITOR").is_some() {
+        return monitor_to_be_killed();
+    }
     let trials = trials![
         a_page_is_granted_mapped_written_ended_and_renewed,
         a_hostile_domain_gets_nothing,
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         a_program_joins_over_a_socket_and_is_not_called_isolated,
         an_executable_is_a_domain_too,
         dropping_the_monitor_ends_every_domain,
+        killing_the_monitor_ends_every_domain,
     ];
     // One after the other: some count the descriptors of this process.
     let arguments = Arguments {
@@ -340,7 +344,8 @@ fn what_is_asked_wrongly_is_refused_and_leaves_nothing() -> Result<(), Failed> {
             Err(MonitorError::NoDomain(_))
         ));
     }
-    assert_eq!(machine.monitor.counters(), before);
+    // The store closes its ends of connections in its own time.
+    until("nothing is left", || Ok(machine.monitor.counters() == before))?;
     let domain = machine.start("sleep", &[])?;
     let (mut spec, _) = Machine::spec("sleep", &[])?;
     spec.id = Some(domain.id);
@@ -360,7 +365,6 @@ fn nothing_is_leaked_when_domains_are_killed_at_any_instant() -> Result<(), Fail
         .unwrap_or(100_u64);
     let machine = Machine::new()?;
     let mut baseline: Option<Counters> = None;
-    let mut in_the_middle = 0;
     for round in 0..rounds {
         let busy = |role, id: u16, peer: &str| -> Result<DomId, Failed> {
             let (mut spec, _) = Machine::spec(role, &[peer])?;
@@ -371,7 +375,12 @@ fn nothing_is_leaked_when_domains_are_killed_at_any_instant() -> Result<(), Fail
         let granter = busy("busy granter", 1, "2")?;
         let grantee = busy("busy grantee", 2, "1")?;
         std::thread::sleep(Duration::from_micros(round * 7919 % 15_000));
-        in_the_middle += u64::from(!machine.monitor.domain(grantee)?.maps.is_empty());
+        if round % 4 == 0 {
+            // At least in these rounds somebody dies with pages mapped.
+            until("pages are mapped", || {
+                Ok(!machine.monitor.domain(grantee)?.maps.is_empty())
+            })?;
+        }
         let (first, second) = if round % 2 == 0 {
             (granter, grantee)
         } else {
@@ -387,13 +396,10 @@ fn nothing_is_leaked_when_domains_are_killed_at_any_instant() -> Result<(), Fail
             (0, 0, 0),
             "round {round}"
         );
-        assert_eq!(now, *baseline, "round {round}");
+        let back = || Ok(machine.monitor.counters() == *baseline);
+        until("everything is back", back)
+            .map_err(|_| format!("round {round}: {now:?}, before {baseline:?}"))?;
     }
-    // Otherwise nothing was shown.
-    assert!(
-        in_the_middle > rounds / 4,
-        "pages were mapped in {in_the_middle} of {rounds} rounds only"
-    );
     Ok(())
 }
 
@@ -406,6 +412,7 @@ fn a_program_joins_over_a_socket_and_is_not_called_isolated() -> Result<(), Fail
     let granter = machine.start("granter", &["2"])?;
     let mut joining = Command::new("/proc/self/exe")
         .env("GNTTAB_TEST_JOIN", &path)
+        .stdout(Stdio::null())
         .spawn()?;
     // It is there for a short time.
     let seen = until("it has joined", || {
@@ -483,5 +490,44 @@ fn dropping_the_monitor_ends_every_domain() -> Result<(), Failed> {
         // The end of its output is the end of its process.
         domain.output.read_to_string(&mut String::new())?;
     }
+    Ok(())
+}
+
+/// Two domains, of which it says that they run, and nothing more.
+fn monitor_to_be_killed() -> ExitCode {
+    let run = || -> Result<(), Failed> {
+        let machine = Machine::new()?;
+        let mut domains = Vec::new();
+        for role in ["sleep", "busy granter"] {
+            let mut program = Program::role(role);
+            program.arguments = vec!["1".into()];
+            // The pipe by which the test sees their end.
+            program.stdout = Stdio::inherit();
+            domains.push(machine.monitor.create(DomainSpec::new(role, program))?);
+        }
+        println!("ready");
+        machine.monitor.wait(domains[0])?;
+        Ok(())
+    };
+    if run().is_ok() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn killing_the_monitor_ends_every_domain() -> Result<(), Failed> {
+    let mut monitor = Command::new("/proc/self/exe")
+        .env("GNTTAB_TEST_MONITOR", "1")
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut output = monitor.stdout.take().ok_or("no output")?;
+    let mut ready = [0; 6];
+    output.read_exact(&mut ready)?;
+    assert_eq!(&ready, b"ready\n");
+    monitor.kill()?;
+    // All of them have the pipe: its end is the end of the last.
+    output.read_to_string(&mut String::new())?;
+    monitor.wait()?;
     Ok(())
 }

@@ -12,7 +12,7 @@ use gnttab_abi::{
 use gnttab_guest::{Call, Hypercall};
 use gnttab_xenstore::client::{Client, Nodes};
 
-use super::{Attempt, Outcome, attack_page};
+use super::{Attempt, Outcome, attack_page, open_descriptors};
 use crate::area::{BUFFER_SIZE, Request};
 use crate::protocol::{self, ABI, NoticeKind};
 use crate::runtime::{Domain, Hosting};
@@ -32,7 +32,19 @@ pub fn attack_grants(domain: &Arc<Domain>, victims: &[(&str, DomId)]) -> Vec<Att
     attempts.push(forged_handles(domain));
     attempts.extend(nonsense(domain));
     attempts.push(foreign_memory(domain));
+    attempts.push(stray_descriptors());
     attempts
+}
+
+/// Looks for a descriptor of memory: all that came were to be closed once mapped. A domain that was given
+/// files to serve holds those too.
+fn stray_descriptors() -> Attempt {
+    let memory = |fd: &i32| attack::is_file(*fd);
+    let outcome = match open_descriptors().into_iter().find(memory) {
+        None => Outcome::Refused("none is open".into()),
+        Some(fd) => Outcome::Succeeded(format!("descriptor {fd}")),
+    };
+    Attempt::new("find a descriptor of memory that was left open", outcome)
 }
 
 fn attack_domain(domain: &Domain, who: &str, victim: DomId) -> Vec<Attempt> {

@@ -232,3 +232,14 @@ pub(crate) fn readable(at: usize, pipe: BorrowedFd<'_>) -> bool {
     // SAFETY: the kernel reads one byte or says that it cannot.
     unsafe { call(libc::SYS_write, [pipe.as_raw_fd().into(), at, 1, 0, 0, 0]) }.is_ok()
 }
+
+/// Whether a descriptor is a file, as every memfd is.
+pub(crate) fn is_file(fd: i32) -> bool {
+    use rustix::fs::FileType;
+    if descriptor_flags(fd).is_err() {
+        return false;
+    }
+    // SAFETY: just seen to be open; used for one question.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::fs::fstat(fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+}

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{self, DumpableBehavior, Pid, Resource, Rlimit, Signal};
-use rustix::thread::{Gid, Uid};
+use rustix::thread::{CapabilitySet, CapabilitySets, Gid, Uid};
 
 /// Takes the channel that the monitor put in the place of standard input, puts `/dev/null` there,
 /// and closes every other descriptor but standard output and error.
@@ -27,22 +27,37 @@ pub(crate) fn take_channel_from_stdin() -> Result<OwnedFd, Errno> {
     Ok(channel)
 }
 
-/// Whether this process is root and so may become somebody else.
-#[must_use]
-pub(crate) fn is_root() -> bool {
-    process::geteuid().is_root()
-}
-
-/// Becomes a user of its own: no groups, no capabilities, no way back.
+/// Becomes a user of its own, in no group. Whether there was one to be had: this process is root, and the
+/// number is one that its user namespace has.
 ///
 /// # Errors
-/// The kernel's: not root, or a number that this user namespace does not have.
-pub(crate) fn become_user(user: u32) -> Result<(), Errno> {
+/// The kernel's, when the change went half way.
+pub(crate) fn become_user(user: u32) -> Result<bool, Errno> {
+    if !process::geteuid().is_root() {
+        return Ok(false);
+    }
     let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
+    match rustix::thread::set_thread_res_gid(gid, gid, gid) {
+        Err(Errno::INVAL | Errno::PERM) => return Ok(false),
+        other => other?,
+    }
     rustix::thread::set_thread_groups(&[])?;
-    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-    // Leaving uid 0 on all three clears the permitted, effective and ambient capabilities.
-    rustix::thread::set_thread_res_uid(uid, uid, uid)
+    rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+    Ok(true)
+}
+
+/// Gives up every capability.
+///
+/// # Errors
+/// The kernel's.
+pub(crate) fn give_up_capabilities() -> Result<(), Errno> {
+    let none = CapabilitySet::empty();
+    let sets = CapabilitySets {
+        effective: none,
+        permitted: none,
+        inheritable: none,
+    };
+    rustix::thread::set_capabilities(None, sets)
 }
 
 /// Lowers a limit for good. A hard limit that is lower already stays.

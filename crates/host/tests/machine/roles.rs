@@ -217,7 +217,8 @@ fn hostile(start: Start) -> Outcome {
     port.send();
     assert!(wait(&port)?);
     attempts.push(kept.look_for(SECRET));
-    // Now that nothing is granted any more.
+    // Now that nothing is granted any more, and nothing kept.
+    drop(kept);
     attempts.extend(hostile::attack_grants(&joined.domain, &[("the victim", peer)]));
     println!("{}", serde_json::to_string(&attempts)?);
     Ok(())
