@@ -267,7 +267,7 @@ fn answers(group: &AttemptGroup) -> String {
         .take(3)
         .map(|(answer, count)| format!("{answer} ({count})"));
     let mut text = shown.collect::<Vec<_>>().join(", ");
-    if counts.len() > 3 {
+    if counts.len() > 2 {
         text.push_str(", ...");
     }
     text

@@ -4,6 +4,8 @@
 //! pretends to let go and keeps what it can; then the frontend ends access and writes a secret to the page. Everything else it
 //! was never granted.
 
+use std::time::{Duration, Instant};
+
 use gnttab_abi::{DomId, GrantRef};
 use gnttab_guest::{Access, Grant, GrantTable};
 use gnttab_host::hostile::{self, Outcome};
@@ -14,7 +16,6 @@ use gnttab_xenstore::client::{Client, Nodes as _};
 use gnttab_xenstore::perms::{Access as StoreAccess, Perms};
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
-use std::time::{Duration, Instant};
 
 use super::{Joined, News, RoleError, say};
 use crate::demo::report::{Attempt, AttemptGroup};
@@ -22,7 +23,7 @@ use crate::demo::report::{Attempt, AttemptGroup};
 /// What the frontend writes to the page after access has ended.
 const SECRET: &[u8] = b"nobody but d2 may read this";
 /// How long one waits for the other.
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the hostile domain is to attack.
 #[derive(Debug, Clone, Serialize, Deserialize)]
