@@ -22,6 +22,7 @@ const BAD_FRAMES: [u64; 4] = [0xFFFF_FFF0, 0xFFFF_FFFF, 0xF_FFFF, 0x7FFF_FFFF];
 const NO_TABLE: u64 = 0x40_0000_0000;
 /// An address that the hypervisor keeps for itself.
 const RESERVED: u64 = 0xFFFF_8000_0000_0000;
+#[expect(clippy::cast_possible_truncation, reason = "16 pages")]
 const AREA_BYTES: u32 = 4096 * AREA_PAGES as u32;
 
 /// A program under construction.
@@ -732,7 +733,8 @@ impl Generator<'_> {
             self.push(Head::HoldStatus(hold));
         } else {
             let index = self.granted_ref();
-            let value = self.pick(&[0, 0x8, 0x10, 0x18, 0x8000, 0xFFFF]);
+            // Marks that lie are put there, but none taken away: the player looks at them.
+            let value = self.pick(&[0x18, 0x8018, 0xFFFF]);
             self.push(Head::StatusWord { index, value });
         }
     }

@@ -24,6 +24,8 @@ pub const OUT_WORDS: usize = 4;
 pub const PLAYED: usize = 5;
 /// Header word: 1 if everything could be cleaned up after. 0: this guest should be asked no more.
 pub const CLEAN: usize = 6;
+/// Header word: the script of the batch that is being played, counted from 0.
+pub const PLAYING: usize = 7;
 /// Header word: the first of the input pages' frame numbers.
 pub const IN_FRAMES: usize = 16;
 /// Input pages.

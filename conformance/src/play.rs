@@ -176,6 +176,32 @@ impl<W: World> Play<'_, W> {
         }
     }
 
+    /// Whether a copy uses a transitive entry of the caller's that somebody has in use: if that use
+    /// is of another kind, a real Xen starts the item over for ever (spec 5.6).
+    fn is_endless(&self, values: &[Value; MOST_FIELDS]) -> bool {
+        let [source, source_dom, _, dest, dest_dom, _, _, flags, _] =
+            values.map(|value| self.value(value, 0));
+        let endless = |by_grant: bool, dom: u64, gref: u64| {
+            let own = dom == 0 || dom == 0x7FF0;
+            let mut flags = [0; 2];
+            if !by_grant
+                || !own
+                || self.world.version() != 2
+                || (gref + 1) * 16 > self.world.table_bytes(false)
+            {
+                return false;
+            }
+            self.world.table_load(false, gref * 16, &mut flags);
+            let used = self
+                .world
+                .status_load(gref)
+                .is_none_or(|status| status & 0x18 != 0);
+            flags[0] & 3 == 3 && used
+        };
+        endless(flags & 1 != 0, source_dom, source & 0xFFFF_FFFF)
+            || endless(flags & 2 != 0, dest_dom, dest & 0xFFFF_FFFF)
+    }
+
     /// Before a map that may not tell its handle: a number that has been given back could come
     /// again unseen, so that it stands for nobody from here on.
     fn forget_dead_handles(&mut self) {
@@ -260,13 +286,17 @@ impl<W: World> Play<'_, W> {
         let layout = fields(op);
         let items = usize::from(call.items).min(MOST_ITEMS);
         for item in 0..usize::from(call.items) {
-            for index in 0..layout.len() {
+            for place in &mut given[item.min(MOST_ITEMS - 1)][..layout.len()] {
                 let Some(value) = reader.value() else { return };
-                given[item.min(MOST_ITEMS - 1)][index] = value;
+                *place = value;
             }
         }
         let size = op.arg_size(gnttab_abi::Abi::X86_64);
         let total = if items == 0 { 0 } else { u64::from(call.total) };
+        if op == Op::Copy && given[..items].iter().any(|values| self.is_endless(values)) {
+            self.see("left out", 0, 1);
+            return;
+        }
         if op == Op::MapGrantRef
             && let Place::Area(_, start) = place
             && u64::from(start) + total * size as u64 > AREA_END
@@ -286,10 +316,8 @@ impl<W: World> Play<'_, W> {
         }
         let listed = matches!(op, Op::SetupTable | Op::GetStatusFrames);
         if listed {
-            for element in 0..AREA_END / 8 {
-                if element < LIST_SEEN || element >= AREA_END / 8 - LIST_SEEN {
-                    self.world.poke(LIST, element * 8, &[FILL; 8]);
-                }
+            for element in list_seen() {
+                self.world.poke(LIST, element * 8, &[FILL; 8]);
             }
         }
         if op == Op::SetVersion && !self.hold_status {
@@ -366,13 +394,11 @@ impl<W: World> Play<'_, W> {
 
     /// The list that setup_table and get_status_frames fill, at both ends of its area.
     fn look_at_list(&mut self) {
-        for element in 0..AREA_END / 8 {
-            if element < LIST_SEEN || element >= AREA_END / 8 - LIST_SEEN {
-                let mut bytes = [0; 8];
-                self.world.peek(LIST, element * 8, &mut bytes);
-                let name = self.name(u64::from_le_bytes(bytes));
-                self.see("list", element, name);
-            }
+        for element in list_seen() {
+            let mut bytes = [0; 8];
+            self.world.peek(LIST, element * 8, &mut bytes);
+            let name = self.name(u64::from_le_bytes(bytes));
+            self.see("list", element, name);
         }
     }
 
@@ -579,6 +605,12 @@ const UNCHANGED: u64 = 0xFFFF_FFFF_FFFF_FFFE;
 const MOST_ITEMS: usize = 16;
 /// Where an area of lists ends.
 const AREA_END: u64 = crate::script::AREA_PAGES * 4096;
+
+/// The elements of a list that are looked at: those at both ends of its area.
+fn list_seen() -> impl Iterator<Item = u64> {
+    let end = AREA_END / 8;
+    (0..LIST_SEEN).chain(end - LIST_SEEN..end)
+}
 
 fn load(bytes: &[u8; 40], field: Field) -> u64 {
     word(&bytes[field.offset..field.offset + field.size])

@@ -9,8 +9,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use gnttab_conformance::mailbox::{
-    CLEAN, GREETING, IN_BYTES, IN_FRAMES, IN_PAGES, OUT_FRAMES, OUT_PAGES, OUT_WORDS, PLAYED, REQUEST,
-    RESPONSE,
+    CLEAN, GREETING, IN_BYTES, IN_FRAMES, IN_PAGES, OUT_FRAMES, OUT_PAGES, OUT_WORDS, PLAYED, PLAYING,
+    REQUEST, RESPONSE,
 };
 
 use crate::engine_world::Settings;
@@ -18,7 +18,7 @@ use crate::engine_world::Settings;
 /// Bytes of memory of the emulated machine.
 const MEMORY: &str = "256M";
 /// How long it may take from start to greeting, and to answer a batch.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A real Xen could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -44,8 +44,13 @@ pub(crate) enum XenError {
     #[error("conformance/guest could not be built:\n{0}")]
     Build(String),
     /// The machine said no more.
-    #[error("the machine did not answer within {seconds} s; its console ended with:\n{console}")]
+    #[error(
+        "the machine did not answer within {seconds} s, at script {script} of the batch; its console ended \
+         with:\n{console}"
+    )]
     Silent {
+        /// Which script it was playing.
+        script: u64,
         /// How long it had.
         seconds: u64,
         /// The last lines of its console.
@@ -170,7 +175,7 @@ impl RealXen {
                     let _ = machine.kill();
                     let _ = machine.wait();
                     let _ = std::fs::remove_file(&memory_path);
-                    return Err(silent(&last_lines));
+                    return Err(silent(0, &last_lines));
                 }
             }
         };
@@ -246,7 +251,7 @@ impl RealXen {
             let ended = self.machine.try_wait().map_err(io("the emulator"))?.is_some();
             if ended || started.elapsed() > PATIENCE {
                 self.last_lines.extend(self.console.try_iter());
-                return Err(silent(&self.last_lines));
+                return Err(silent(self.word(PLAYING)?, &self.last_lines));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -282,9 +287,10 @@ fn memory_path() -> PathBuf {
     folder.join(format!("gnttab-conformance-{}", std::process::id()))
 }
 
-fn silent(lines: &[String]) -> XenError {
+fn silent(script: u64, lines: &[String]) -> XenError {
     let from = lines.len().saturating_sub(12);
     XenError::Silent {
+        script,
         seconds: PATIENCE.as_secs(),
         console: lines[from..].join("\n"),
     }

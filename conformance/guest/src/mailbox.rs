@@ -3,7 +3,8 @@
 use core::sync::atomic::{Ordering, fence};
 
 use gnttab_conformance::mailbox::{
-    CLEAN, IN_BYTES, IN_FRAMES, IN_PAGES, OUT_FRAMES, OUT_PAGES, OUT_WORDS, PLAYED, REQUEST, RESPONSE,
+    CLEAN, IN_BYTES, IN_FRAMES, IN_PAGES, OUT_FRAMES, OUT_PAGES, OUT_WORDS, PLAYED, PLAYING, REQUEST,
+    RESPONSE,
 };
 
 use crate::xen::{Pages, frame_of, load64, store64};
@@ -76,6 +77,7 @@ impl Mailbox {
         let (length, rest) = rest.split_first_chunk::<4>()?;
         let script = rest.get(..u32::from_le_bytes(*length) as usize)?;
         self.read += 4 + script.len();
+        set_header(PLAYING, self.played);
         Some(script)
     }
 
