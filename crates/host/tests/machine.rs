@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         a_part_of_a_page_is_copied_through_a_version_2_table,
         a_block_device_works_across_two_processes_with_persistent_grants,
         a_block_device_works_across_two_processes_with_grants_of_one_use,
+        threads_share_the_vcpus_of_their_domain,
         a_peer_that_dies_gives_the_page_back,
         a_granter_that_dies_leaves_the_mapping_to_its_peer,
         whoever_misbehaves_is_ended,
@@ -189,6 +190,15 @@ fn until(what: &str, so: impl Fn() -> Result<bool, Failed>) -> Result<(), Failed
         }
         std::thread::sleep(Duration::from_millis(2));
     }
+    Ok(())
+}
+
+fn threads_share_the_vcpus_of_their_domain() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let (mut spec, output) = Machine::spec("many threads", &["1"])?;
+    spec.limits.vcpus = 3;
+    let id = machine.monitor.create(spec)?;
+    assert_eq!(machine.finish(Domain { id, output })?.trim(), "each saw its own");
     Ok(())
 }
 

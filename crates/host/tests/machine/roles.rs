@@ -38,6 +38,7 @@ pub(crate) const ROLES: &[(&str, Role)] = &[
     ("block back", |start| end(block_back(start))),
     ("busy granter", |start| end(busy_granter(start))),
     ("busy grantee", |start| end(busy_grantee(start))),
+    ("many threads", |start| end(many_threads(start))),
     ("sleep", |start| end(sleep(start))),
     ("silent", |start| end(silent(start))),
     ("garbage", |start| end(garbage(start))),
@@ -439,6 +440,63 @@ fn busy_grantee(start: Start) -> Outcome {
         gref = if gref > 64 { 8 } else { gref + 4 };
         let _ = joined.domain.bind_port(joined.peer, 1);
     }
+}
+
+/// More threads than the domain has vCPUs grant to the domain itself, map, write, look and end.
+fn many_threads(start: Start) -> Outcome {
+    let joined = join(start)?;
+    let table = GrantTable::start(Arc::clone(&joined.domain), Config::default())?;
+    let mapper = Mapper::new(Arc::clone(&joined.domain), joined.domain.foreign_window()?)?;
+    let own = joined.domain.id();
+    let (joined, table, mapper) = (&joined, &table, &mapper);
+    let work = |number: u8| -> Result<(), String> {
+        let failed = |error: &dyn std::fmt::Display| error.to_string();
+        for round in 0..100 {
+            let page = joined
+                .domain
+                .grantable(1)
+                .map_err(|e| failed(&e))?
+                .page(0)
+                .ok_or("no page")?;
+            let gref = table.alloc_one().map_err(|e| failed(&e))?;
+            let access = if round % 2 == 0 {
+                Access::ReadWrite
+            } else {
+                Access::ReadOnly
+            };
+            let grant = table
+                .grant_zeroed(gref, own, page, access)
+                .map_err(|e| failed(&e))?;
+            grant.page().write(9, &[number]).map_err(|e| failed(&e))?;
+            let request = MapRequest {
+                dom: own,
+                gref: grant.gref(),
+                access,
+            };
+            let mapping = mapper.map_one(request).map_err(|e| failed(&e))?;
+            let at = usize::try_from(mapping.host_addr()).map_err(|e| failed(&e))?;
+            let mut seen = [0];
+            joined
+                .domain
+                .memory()
+                .read(at + 9, &mut seen)
+                .map_err(|e| failed(&e))?;
+            if seen != [number] {
+                return Err(format!("thread {number} saw what thread {} wrote", seen[0]));
+            }
+            mapping.unmap().map_err(|e| failed(&e))?;
+            grant.end().map_err(|_| "the page is still in use".to_owned())?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (1..=6).map(|number| scope.spawn(move || work(number))).collect();
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().map_err(|_| "a panic".to_owned())?)
+    })?;
+    println!("each saw its own");
+    Ok(())
 }
 
 fn sleep(start: Start) -> Outcome {
