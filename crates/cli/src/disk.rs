@@ -73,16 +73,23 @@ fn serve(args: &Disk, image: Image, listener: Listener, stop: &Stop) -> Result<(
     let mut announced = false;
     while !stop.asked_within(Duration::ZERO) {
         match session.next_event(INTERVAL)? {
-            Some(Event::Word(Word {
-                news: News::Ready, ..
-            })) if !announced => {
+            Some(Event::Word {
+                word: Word {
+                    news: News::Ready, ..
+                },
+                ..
+            }) if !announced => {
                 announced = true;
                 announce(args, &about, &address, &session.infos());
             }
-            Some(Event::Word(Word {
-                news: News::Totals(now),
+            Some(Event::Word {
+                word:
+                    Word {
+                        news: News::Totals(now),
+                        ..
+                    },
                 ..
-            })) => {
+            }) => {
                 rates.draw(totals.add(now));
             }
             Some(Event::Restarted { name, how }) => {

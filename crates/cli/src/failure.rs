@@ -8,6 +8,8 @@ pub(crate) struct Failure {
     exit_code: u8,
     what: String,
     next: Option<String>,
+    /// Standard output has it already.
+    in_data: bool,
 }
 
 impl Failure {
@@ -17,6 +19,7 @@ impl Failure {
             exit_code: 1,
             what: what.to_string(),
             next: None,
+            in_data: false,
         }
     }
 
@@ -26,6 +29,7 @@ impl Failure {
             exit_code: 2,
             what: what.to_string(),
             next: None,
+            in_data: false,
         }
     }
 
@@ -33,6 +37,17 @@ impl Failure {
     pub(crate) fn next(mut self, next: impl fmt::Display) -> Self {
         self.next = Some(next.to_string());
         self
+    }
+
+    /// What was printed as data says so already.
+    pub(crate) fn in_data(mut self) -> Self {
+        self.in_data = true;
+        self
+    }
+
+    /// Whether what was printed as data says so already.
+    pub(crate) fn is_in_data(&self) -> bool {
+        self.in_data
     }
 
     /// 1 failed, 2 wrong use.

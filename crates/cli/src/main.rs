@@ -55,7 +55,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             output::say(&format!("gnttab {name}: {failure}"));
-            if json {
+            if json && !failure.is_in_data() {
                 output::json(name, serde_json::json!({ "error": failure.to_json() }));
             }
             ExitCode::from(failure.exit_code())

@@ -83,19 +83,27 @@ fn run(name: &str, machine: &Machine, talk: Talk) -> Result<(), Failure> {
     let mut announced = vec![false; addresses.len()];
     while !stop.asked_within(Duration::ZERO) && (!has_programs || programs > 0) {
         match session.next_event(Duration::from_millis(200))? {
-            Some(Event::Word(Word {
-                disk,
-                news: News::Ready,
-            })) => {
+            Some(Event::Word {
+                word:
+                    Word {
+                        disk,
+                        news: News::Ready,
+                    },
+                ..
+            }) => {
                 let address = addresses.get(disk).cloned().flatten();
                 if let Some(address) = address.filter(|_| !std::mem::replace(&mut announced[disk], true)) {
                     talk.serving(disk, &machine.disks[disk], &address);
                 }
             }
-            Some(Event::Word(Word {
-                disk,
-                news: News::Totals(now),
-            })) => {
+            Some(Event::Word {
+                word:
+                    Word {
+                        disk,
+                        news: News::Totals(now),
+                    },
+                ..
+            }) => {
                 if let Some(totals) = totals.get_mut(disk) {
                     *totals = now;
                 }
@@ -112,7 +120,7 @@ fn run(name: &str, machine: &Machine, talk: Talk) -> Result<(), Failure> {
                 );
                 bad.extend((!good).then(|| format!("domain {name} {how}")));
             }
-            Some(Event::Word(_)) | None => {}
+            Some(Event::Word { .. }) | None => {}
         }
     }
     session.stop(|word| {

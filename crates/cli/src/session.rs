@@ -23,6 +23,7 @@ use crate::control::Control;
 use crate::failure::Failure;
 use crate::image::Image;
 use crate::nbd::listener::Listener;
+use crate::output;
 use crate::roles::{DISKS, Orders, Word, backend, frontend, shutdown_node};
 use crate::store::StoreClient;
 
@@ -120,8 +121,13 @@ struct Running {
 /// Something to tell the person about.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// A domain said something.
-    Word(Word),
+    /// A domain said something. Whether it may say that of itself is for whoever hears it to judge.
+    Word {
+        /// Which, as the plans number them.
+        domain: usize,
+        /// What.
+        word: Word,
+    },
     /// A domain ended by itself, and another has taken its place.
     Restarted {
         /// Its name.
@@ -140,6 +146,9 @@ pub(crate) enum Event {
     },
 }
 
+/// Both ends of what domains say, with their numbers.
+type Words = (mpsc::Sender<(usize, Word)>, mpsc::Receiver<(usize, Word)>);
+
 /// See the module. Dropping it ends every domain at once; [`Session::stop`] does it in order.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -149,7 +158,7 @@ pub(crate) struct Session {
     store: StoreClient,
     disks: Vec<DiskPlan>,
     domains: Vec<Running>,
-    words: (mpsc::Sender<Word>, mpsc::Receiver<Word>),
+    words: Words,
     restarts: Vec<Instant>,
 }
 
@@ -210,7 +219,7 @@ impl Session {
     /// Waits a while for something to happen; `None`: nothing did.
     pub(crate) fn next_event(&mut self, patience: Duration) -> Result<Option<Event>, Failure> {
         match self.words.1.recv_timeout(patience) {
-            Ok(word) => Ok(Some(Event::Word(word))),
+            Ok((domain, word)) => Ok(Some(Event::Word { domain, word })),
             Err(_) => self.look_after_domains(),
         }
     }
@@ -297,10 +306,14 @@ impl Session {
             let orders = serde_json::to_string(&orders).map_err(|error| self.failed_at(index, &error))?;
             program.arguments = vec![orders];
         }
-        program.stdout = match running.plan.program {
-            ProgramPlan::Executable(..) => Stdio::inherit(),
-            _ => self.listen().map_err(|error| self.failed_at(index, &error))?,
+        let outputs = match running.plan.program {
+            ProgramPlan::Executable(..) => self.talk_of(index),
+            ProgramPlan::Disks | ProgramPlan::Role(..) => self.words_of(index),
         };
+        program.stdout = outputs.map_err(|error| self.failed_at(index, &error))?;
+        program.stderr = self
+            .talk_of(index)
+            .map_err(|error| self.failed_at(index, &error))?;
         program.confinement.discard = writes;
         // An export holds what its clients have under way.
         program.confinement.private_memory = 2 << 30;
@@ -317,28 +330,29 @@ impl Session {
         Ok(())
     }
 
-    /// A pipe to a domain's standard output, whose lines become [`Event::Word`]s.
-    fn listen(&self) -> std::io::Result<Stdio> {
-        let (read, write) = std::io::pipe()?;
+    /// A pipe for a role's standard output, whose lines become [`Event::Word`]s. What is no word is dropped.
+    fn words_of(&self, domain: usize) -> std::io::Result<Stdio> {
         let words = self.words.0.clone();
-        let listen = move || {
-            let mut lines = BufReader::new(read);
-            loop {
-                // A domain may be hostile: its lines are bounded, and what is no word is dropped.
-                let mut line = Vec::new();
-                match (&mut lines).take(LINE).read_until(b'\n', &mut line) {
-                    Ok(0) | Err(_) => return,
-                    Ok(_) => {}
-                }
-                if let Ok(word) = serde_json::from_slice(&line)
-                    && words.send(word).is_err()
-                {
-                    return;
-                }
-            }
-        };
-        thread::Builder::new().name("words".to_owned()).spawn(listen)?;
-        Ok(write.into())
+        each_line(move |line| match serde_json::from_slice(line) {
+            Ok(word) => words.send((domain, word)).is_ok(),
+            Err(_) => true,
+        })
+    }
+
+    /// A pipe for what a domain says to people: a domain gets no descriptor of the person's terminal or files.
+    fn talk_of(&self, domain: usize) -> std::io::Result<Stdio> {
+        let Running { plan, id, .. } = &self.domains[domain];
+        let name = format!("d{} {}", id.0, plan.name);
+        each_line(move |line| {
+            let text = String::from_utf8_lossy(line);
+            let plain: String = text
+                .trim_end()
+                .chars()
+                .map(|c| if c.is_control() { '?' } else { c })
+                .collect();
+            output::say(&format!("{name}: {plain}"));
+            true
+        })
     }
 
     /// A disk as the toolstack describes it.
@@ -456,7 +470,7 @@ impl Session {
         drop(self.store);
         drop(self.monitor);
         // Every writer has gone, so this ends.
-        self.words.1.iter().for_each(&mut heard);
+        self.words.1.iter().for_each(|(_, word)| heard(word));
         match &stubborn[..] {
             [] => Ok(left),
             some => Err(Failure::new(format!(
@@ -476,6 +490,21 @@ impl Session {
         }
         Ok(running.ended.is_none().then(|| running.plan.name.clone()))
     }
+}
+
+/// The writing end of a pipe each of whose lines is given to `heard`, until that returns `false` or nobody writes any more. A
+/// domain may be hostile, so lines are bounded: a longer one comes in pieces.
+fn each_line(mut heard: impl FnMut(&[u8]) -> bool + Send + 'static) -> std::io::Result<Stdio> {
+    let (read, write) = std::io::pipe()?;
+    let listen = move || {
+        let mut lines = BufReader::new(read);
+        let mut line = Vec::new();
+        while matches!((&mut lines).take(LINE).read_until(b'\n', &mut line), Ok(1..)) && heard(&line) {
+            line.clear();
+        }
+    };
+    thread::Builder::new().name("listener".to_owned()).spawn(listen)?;
+    Ok(write.into())
 }
 
 fn describe(ended: &Ended) -> String {

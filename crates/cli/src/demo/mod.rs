@@ -71,7 +71,12 @@ pub(crate) fn main(args: &Demo) -> Result<(), Failure> {
             return Err(Failure::new(format!("not done after {} s", PATIENCE.as_secs())).next(seen.missing()));
         }
         match session.next_event(Duration::from_millis(100))? {
-            Some(Event::Word(Word { news, .. })) => seen.hear(news, &session, &mut talk)?,
+            Some(Event::Word {
+                domain,
+                word: Word { news, .. },
+            }) => {
+                seen.hear(domain, news, &session, &mut talk)?;
+            }
             Some(Event::Restarted { name, how }) => return Err(Failure::new(format!("domain {name} {how}"))),
             Some(Event::Ended {
                 name,
@@ -122,7 +127,9 @@ fn show(args: &Demo, report: &Report) -> Result<(), Failure> {
     if report.held {
         Ok(())
     } else {
-        Err(Failure::new("not all of it held").next("what did not is above"))
+        Err(Failure::new("not all of it held")
+            .next("what did not is above")
+            .in_data())
     }
 }
 
@@ -136,8 +143,11 @@ struct Seen {
 }
 
 impl Seen {
-    fn hear(&mut self, news: News, session: &Session, talk: &mut Talk) -> Result<(), Failure> {
+    /// Each domain is believed about its own part only.
+    fn hear(&mut self, domain: usize, news: News, session: &Session, talk: &mut Talk) -> Result<(), Failure> {
         match news {
+            News::Attempts(attempts) if domain == 2 => self.attempts = Some(attempts),
+            _ if domain != 1 => {}
             News::Phase(phase) => talk.phase(&format!("d2 frontend: {phase}")),
             News::Outcome(outcome) => {
                 self.shared = shared(session);
@@ -147,9 +157,8 @@ impl Seen {
                     .sum();
                 self.outcome = Some(outcome);
             }
-            News::Attempts(attempts) => self.attempts = Some(attempts),
             News::Failed(why) => return Err(Failure::new(format!("d2 frontend: {why}"))),
-            News::Ready | News::Totals(_) => {}
+            News::Ready | News::Totals(_) | News::Attempts(_) => {}
         }
         Ok(())
     }
