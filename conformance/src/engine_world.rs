@@ -24,6 +24,8 @@ const HOME_ADDR: u64 = 0x5800_0000;
 pub(crate) struct Settings {
     pub(crate) max_frames: u32,
     pub(crate) max_maptrack_frames: u32,
+    /// One program in so many kills the other domain.
+    pub(crate) kills: u32,
 }
 
 /// See the module.
@@ -427,6 +429,20 @@ impl World for EngineWorld {
             // The kernel maps what it sees: each status page is in its page tables.
             self.hold_status();
         }
+    }
+
+    fn kill(&mut self) -> i64 {
+        let guest = self.other.private();
+        self.engine.begin_teardown(&self.other);
+        guest.set_dying();
+        if let Some(vcpu) = Vcpu::take(&self.other, 0) {
+            let mut processor = self.engine.any_processor().expect("nobody else is in it");
+            processor.release_mappings(&[vcpu], u32::MAX);
+        }
+        guest.drop_address_space();
+        guest.give_up_memory();
+        let _ = self.engine.retire(self.other.id());
+        0
     }
 
     fn release_status(&mut self) {

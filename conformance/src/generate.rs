@@ -41,7 +41,10 @@ pub(crate) struct Generator<'r> {
 }
 
 /// Makes one program.
-pub(crate) fn program(rng: &mut Rng, max_frames: u32) -> Vec<Step> {
+///
+/// One in `kills` kills the other domain on its way; 0: none does.
+pub(crate) fn program(rng: &mut Rng, max_frames: u32, kills: u32) -> Vec<Step> {
+    let kill = kills > 0 && rng.u32(0..kills) == 0;
     let tables = rng.u32(0..4) == 0;
     let mut generator = Generator {
         rng,
@@ -60,6 +63,12 @@ pub(crate) fn program(rng: &mut Rng, max_frames: u32) -> Vec<Step> {
     }
     for _ in 0..generator.rng.u32(4..40) {
         generator.step();
+    }
+    if kill {
+        generator.push(Head::Kill);
+        for _ in 0..generator.rng.u32(4..20) {
+            generator.step();
+        }
     }
     generator.steps
 }

@@ -46,6 +46,9 @@ struct Args {
     /// Limit of the pages of mappings, 256 each.
     #[arg(long, default_value_t = 1024)]
     max_maptrack_frames: u32,
+    /// One program in so many kills the other domain on its way, which costs a new start; 0: none.
+    #[arg(long, default_value_t = 2000)]
+    kills: u32,
     /// Prints everything as JSON before the last line.
     #[arg(long)]
     json: bool,
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
     let settings = Settings {
         max_frames: args.max_frames,
         max_maptrack_frames: args.max_maptrack_frames,
+        kills: args.kills,
     };
     match run(&args, settings) {
         Ok(report) => {

@@ -82,6 +82,8 @@ pub trait World {
     fn version(&self) -> u32;
     /// Looks again at what the hypervisor has for the tables: they may have grown or changed version.
     fn refresh(&mut self);
+    /// Kills the other domain and takes its memory, as far as nobody uses it.
+    fn kill(&mut self) -> i64;
     /// Stops seeing the status pages.
     fn release_status(&mut self);
     /// A word of the script's answer.
@@ -103,6 +105,7 @@ pub fn play<W: World>(world: &mut W, script: &[u8]) -> bool {
         lost: false,
         pages_changed: false,
         hold_status: false,
+        killed: false,
         digest: 0,
     };
     let mut reader = Reader::new(script);
@@ -127,6 +130,7 @@ struct Play<'w, W> {
     lost: bool,
     pages_changed: bool,
     hold_status: bool,
+    killed: bool,
     digest: u64,
 }
 
@@ -251,6 +255,11 @@ impl<W: World> Play<'_, W> {
             }
             Head::Touch { slot, offset, write } => self.touch(u64::from(slot) % SLOTS, offset % 4096, write),
             Head::HoldStatus(hold) => self.hold_status = hold,
+            Head::Kill => {
+                self.killed = true;
+                let result = self.world.kill();
+                self.see("killed", 0, result.cast_unsigned());
+            }
         }
     }
 
@@ -551,7 +560,7 @@ impl<W: World> Play<'_, W> {
                 self.world.reset_page(page);
             }
         }
-        left == 0 && result == 0
+        left == 0 && result == 0 && !self.killed
     }
 
     /// Ends a mapping, wherever it is: its page-table entry is looked for, or made again.

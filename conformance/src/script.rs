@@ -255,6 +255,8 @@ pub enum Head {
         /// What to store.
         write: Option<u8>,
     },
+    /// The other domain is killed, whatever of its is mapped. There is no cleaning up after this.
+    Kill,
     /// Keeps the status pages mapped through a change to version 1, or not.
     HoldStatus(bool),
 }
@@ -356,6 +358,7 @@ impl<'a> Reader<'a> {
                 index: self.u32()?,
                 value: self.u16()?,
             },
+            7 => Head::Kill,
             _ => return None,
         })
     }
@@ -415,6 +418,7 @@ impl Step {
                 to.extend(offset.to_le_bytes());
                 to.extend(write.map_or(0xFFFF, u16::from).to_le_bytes());
             }
+            Head::Kill => to.push(7),
             Head::HoldStatus(hold) => to.extend([5, u8::from(hold)]),
             Head::StatusWord { index, value } => {
                 to.push(6);

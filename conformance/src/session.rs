@@ -154,7 +154,7 @@ pub(crate) fn compare(
         while batch.len() < BATCH {
             let program = waiting
                 .pop_front()
-                .unwrap_or_else(|| program(&mut rng, settings.max_frames));
+                .unwrap_or_else(|| program(&mut rng, settings.max_frames, settings.kills));
             let encoded = encode(&program);
             if bytes + encoded.len() + 8 > BATCH_BYTES || steps + program.len() + 4 > BATCH_STEPS {
                 waiting.push_front(program);
@@ -233,7 +233,7 @@ pub(crate) fn compare(
 fn engine_only(rng: &mut Rng, settings: Settings, enough: u64, report: &mut Report) {
     let mut engine = EngineWorld::new(settings);
     while report.operations < enough {
-        let program = program(rng, settings.max_frames);
+        let program = program(rng, settings.max_frames, 0);
         let clean = engine.run(&encode(&program), true);
         tally(&engine, &program, &mut report.answers);
         let (calls, items) = operations(&program);
@@ -474,6 +474,7 @@ mod tests {
     const ROOMY: Settings = Settings {
         max_frames: 64,
         max_maptrack_frames: 1024,
+        kills: 0,
     };
 
     /// What the guest reads is what the generator meant.
@@ -481,7 +482,7 @@ mod tests {
     fn a_program_survives_its_encoding() {
         let mut rng = Rng::with_seed(3);
         for _ in 0..200 {
-            let steps = program(&mut rng, 64);
+            let steps = program(&mut rng, 64, 0);
             let bytes = encode(&steps);
             let mut reader = Reader::new(&bytes);
             for step in &steps {
@@ -500,6 +501,7 @@ mod tests {
         let tight = Settings {
             max_frames: 3,
             max_maptrack_frames: 1,
+            kills: 0,
         };
         for settings in [ROOMY, tight] {
             let report = compare(None, settings, 11, 3000, 1).expect("no emulator is asked");
@@ -514,7 +516,7 @@ mod tests {
     fn what_is_seen_reaches_the_digest() {
         let mut rng = Rng::with_seed(4);
         let mut engine = EngineWorld::new(ROOMY);
-        let steps = program(&mut rng, 64);
+        let steps = program(&mut rng, 64, 0);
         assert!(engine.run(&encode(&steps), false));
         let first = engine.answer.clone();
         let mut changed = steps;

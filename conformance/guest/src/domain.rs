@@ -5,6 +5,7 @@ use crate::xen::{domctl, load64, memory_op, store_bytes, store64};
 /// The interface version of domain control that Xen 4.17 speaks.
 const DOMCTL_VERSION: u32 = 0x15;
 const CREATE: u32 = 1;
+const DESTROY: u32 = 2;
 const MAX_MEM: u32 = 11;
 const POPULATE_PHYSMAP: u64 = 6;
 
@@ -22,6 +23,11 @@ pub fn create(scratch: u64, number: u16, pages: &mut [u64]) -> bool {
     control(scratch, CREATE, number, &create) == 0
         && control(scratch, MAX_MEM, number, &memory) == 0
         && populate(scratch, number, pages)
+}
+
+/// Kills a domain. Xen goes on with it as often as it takes.
+pub fn destroy(scratch: u64, number: u16) -> i64 {
+    control(scratch, DESTROY, number, &[])
 }
 
 fn control(scratch: u64, command: u32, number: u16, what: &[u32]) -> i64 {

@@ -365,6 +365,10 @@ impl World for RealXen {
         }
     }
 
+    fn kill(&mut self) -> i64 {
+        crate::domain::destroy(OWN.addr(), OTHER)
+    }
+
     fn release_status(&mut self) {
         for index in 0..self.status_frames as u64 {
             assert!(map(STATUS_WINDOW.addr() + index * 4096, 0), "a status frame");
