@@ -252,15 +252,23 @@ pub trait Hypervisor: Send + Sync + Sized {
     fn table_page_gfn(&self, domain: &Self::Domain, page: &Self::TablePage) -> Gfn;
 
     /// Takes a status page back from its domain before a return to version 1: out of its
-    /// physmap, and referenced by nobody (spec 3.9 step 8). False: still referenced; the page
-    /// stays where it is.
+    /// physmap, and referenced by nobody (spec 3.9 step 8). From then on it is no page of the
+    /// domain's, which can neither map nor grant it. False: still referenced; the page stays where
+    /// it is.
     fn retract_table_page(&self, domain: &Self::Domain, page: &Self::TablePage) -> bool {
         let _ = (domain, page);
         true
     }
 
-    /// Undoes [`Hypervisor::retract_table_page`] when a later page could not be retracted.
+    /// Undoes [`Hypervisor::retract_table_page`] when a later page could not be retracted: the page
+    /// is where it was.
     fn restore_table_page(&self, domain: &Self::Domain, page: &Self::TablePage) {
+        let _ = (domain, page);
+    }
+
+    /// A status page, zeroed, becomes its domain's once more, because the table is version 2 again:
+    /// as a new one it is mapped nowhere. Also called for pages that never were retracted.
+    fn renew_table_page(&self, domain: &Self::Domain, page: &Self::TablePage) {
         let _ = (domain, page);
     }
 

@@ -1,7 +1,11 @@
 //! Keeping a grantee's I/O MMU in step with its mappings (spec 4.6).
 //!
-//! What must always hold: the right that devices have on a frame is that of the strongest live
-//! record that names it; it changes under the lock that guards the counts (IOM-1).
+//! What must always hold:
+//! 1. The right that devices have on a frame is that of the strongest live record that names it; it
+//!    changes under the lock that guards the counts (IOM-1).
+//! 2. A frame that devices may reach is referenced for that alone (IOM-5). The reference of a host
+//!    mapping is its page-table entry's, and a PV guest can overwrite the entry while the record,
+//!    and with it the devices' right, stays.
 
 use gnttab_abi::Mfn;
 
@@ -43,14 +47,24 @@ pub(crate) fn add<H: Hypervisor>(
         return Err(HostError);
     }
     *count += 1;
-    if after.right() != before.right() {
-        hv.iommu_set(grantee.private(), mfn, after.right())?;
+    let first = before.right().is_none();
+    if first {
+        hv.get_frame(mfn).ok_or(HostError)?;
+    }
+    if after.right() != before.right()
+        && let Err(error) = hv.iommu_set(grantee.private(), mfn, after.right())
+    {
+        if first {
+            hv.put_frame(mfn);
+        }
+        return Err(error);
     }
     uses.insert(mfn, after);
     Ok(())
 }
 
-/// Uncounts a record. The count goes down even if the I/O MMU cannot follow (IOM-3).
+/// Uncounts a record. The count goes down even if the I/O MMU cannot follow (IOM-3); a frame that
+/// devices may then still reach stays referenced for ever.
 pub(crate) fn remove<H: Hypervisor>(
     hv: &H,
     grantee: &Domain<H>,
@@ -71,6 +85,9 @@ pub(crate) fn remove<H: Hypervisor>(
     }
     if after.right() != before.right() {
         hv.iommu_set(grantee.private(), mfn, after.right())?;
+        if after.right().is_none() {
+            hv.put_frame(mfn);
+        }
     }
     Ok(())
 }

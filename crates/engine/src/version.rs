@@ -123,12 +123,12 @@ fn to_v2<H: Hypervisor>(hv: &H, domain: &Domain<H>) -> Result<(), Errno> {
         SharedEntry::V2(_) => EntryV1::default(),
     });
     table.set_version(Version::V2);
+    clear(domain);
     for index in 0..table.nr_status() {
         if let Some(page) = table.status_page(index) {
-            hv.restore_table_page(domain.private(), page);
+            hv.renew_table_page(domain.private(), page);
         }
     }
-    clear(domain);
     let view = table.view();
     for (old, gref) in kept.iter().zip(0..) {
         let Some(entry) = view.entry(GrantRef(gref)) else {

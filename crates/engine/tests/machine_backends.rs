@@ -1168,20 +1168,23 @@ mod tests {
         assert_eq!(kinds(&pair.machine), [Audit::Physmap]);
     }
 
-    /// AUD-IOM: devices that reach the domain's own page, or a free one, by grant.
+    /// AUD-IOM, AUD-REF: devices that reach the domain's own page, one that nobody holds for them,
+    /// or a free one, by grant.
     #[test]
     fn audit_sees_wrong_iommu_entries() {
         let pair = Pair::pv();
         pair.c.set_iommu(true);
         let own = pair.c.add_page().unwrap().mfn;
         pair.machine.iommu_set(&pair.c, own, Some(Access::Read)).unwrap();
-        assert_eq!(kinds(&pair.machine), [Audit::Iommu]);
+        assert_eq!(kinds(&pair.machine), [Audit::References, Audit::Iommu]);
         pair.machine.iommu_set(&pair.c, own, None).unwrap();
-        pair.machine
-            .iommu_set(&pair.c, pair.page.mfn, Some(Access::Read))
-            .unwrap();
+        let mfn = pair.page.mfn;
+        pair.machine.iommu_set(&pair.c, mfn, Some(Access::Read)).unwrap();
+        assert_eq!(kinds(&pair.machine), [Audit::References]);
+        pair.machine.get_frame(mfn).unwrap();
         assert_eq!(kinds(&pair.machine), []);
-        pair.g.give_up(pair.page.mfn);
+        pair.machine.put_frame(mfn);
+        pair.g.give_up(mfn);
         assert_eq!(kinds(&pair.machine), [Audit::Iommu]);
     }
 

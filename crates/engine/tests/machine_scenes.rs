@@ -231,6 +231,7 @@ mod tests {
                 Some(gnttab_engine::Access::Write),
             )
             .unwrap();
+        machine.get_frame(scene.frame.mfn).unwrap();
         assert_eq!(audits(&scene), [Audit::Iommu]);
         let scene = Scene::pv().build();
         let bits = Pte::PRESENT | Pte::USER;

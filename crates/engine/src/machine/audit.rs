@@ -132,6 +132,14 @@ impl State {
                     all.entry(*mfn).or_default().references += 1;
                 }
             }
+            let rights = self
+                .domain(*id)
+                .iommu
+                .iter()
+                .flat_map(|iommu| iommu.rights.keys());
+            for mfn in rights {
+                all.entry(*mfn).or_default().references += 1;
+            }
         }
         all
     }

@@ -322,6 +322,15 @@ where
         self.tell(request, |hv| hv.restore_table_page(domain, page), done);
     }
 
+    fn renew_table_page(&self, domain: &H::Domain, page: &H::TablePage) {
+        let mfn = self.hv.table_page_mfn(page);
+        let request = Request::RenewTablePage {
+            domain: domain.domid(),
+            page: mfn,
+        };
+        self.tell(request, |hv| hv.renew_table_page(domain, page), done);
+    }
+
     fn place_table_page(&self, domain: &H::Domain, page: &H::TablePage, gfn: Gfn) -> Result<(), Errno> {
         let mfn = self.hv.table_page_mfn(page);
         let request = Request::PlaceTablePage {

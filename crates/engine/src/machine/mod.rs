@@ -436,6 +436,10 @@ impl Hypervisor for Machine {
         self.lock().restore(domain.id(), page.mfn);
     }
 
+    fn renew_table_page(&self, domain: &Guest, page: &TablePage) {
+        self.lock().renew(domain.id(), page.mfn);
+    }
+
     fn place_table_page(&self, domain: &Guest, page: &TablePage, gfn: Gfn) -> Result<(), Errno> {
         self.lock().place(domain.id(), page.mfn, gfn)
     }

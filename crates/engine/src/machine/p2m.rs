@@ -323,16 +323,14 @@ impl State {
         Ok(())
     }
 
-    /// Spec 3.9 step 8: out of the physmap, if nobody else references it.
+    /// Spec 3.9 step 8: out of the physmap and the domain's hands, if nobody else references it.
     pub(super) fn retract(&mut self, domain: DomId, page: Mfn) -> bool {
-        if self
-            .frames
-            .live(page)
-            .is_none_or(|frame| frame.info.references > 1)
-        {
-            return false;
+        let own_gfn = self.gfn_of(domain, page);
+        match self.frames.get_mut(page) {
+            Some(frame) if frame.info.references == 1 => frame.info.owner = PageOwner::Nobody,
+            _ => return false,
         }
-        if let Some(gfn) = self.gfn_of(domain, page) {
+        if let Some(gfn) = own_gfn {
             let state = self.domain_mut(domain);
             state.p2m.remove(&gfn);
             state.retracted.insert(page, gfn);
@@ -342,9 +340,18 @@ impl State {
 
     /// Puts a retracted page back where it was.
     pub(super) fn restore(&mut self, domain: DomId, page: Mfn) {
-        let state = self.domain_mut(domain);
-        if let Some(gfn) = state.retracted.remove(&page) {
-            state.p2m.insert(gfn, P2mEntry::Ram(page));
+        let gfn = self.domain_mut(domain).retracted.get(&page).copied();
+        self.renew(domain, page);
+        if let Some(gfn) = gfn {
+            self.domain_mut(domain).p2m.insert(gfn, P2mEntry::Ram(page));
+        }
+    }
+
+    /// Gives a retracted page back, mapped nowhere.
+    pub(super) fn renew(&mut self, domain: DomId, page: Mfn) {
+        self.domain_mut(domain).retracted.remove(&page);
+        if let Some(frame) = self.frames.get_mut(page) {
+            frame.info.owner = PageOwner::Domain(domain);
         }
     }
 

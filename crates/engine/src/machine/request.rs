@@ -67,6 +67,10 @@ pub enum Request {
         domain: DomId,
         page: Mfn,
     },
+    RenewTablePage {
+        domain: DomId,
+        page: Mfn,
+    },
     PlaceTablePage {
         domain: DomId,
         page: Mfn,
@@ -243,6 +247,7 @@ impl fmt::Display for Request {
             Request::TablePageGfn { domain, page } => write!(f, "table_page_gfn {domain} {page}"),
             Request::RetractTablePage { domain, page } => write!(f, "retract_table_page {domain} {page}"),
             Request::RestoreTablePage { domain, page } => write!(f, "restore_table_page {domain} {page}"),
+            Request::RenewTablePage { domain, page } => write!(f, "renew_table_page {domain} {page}"),
             Request::PlaceTablePage { domain, page, gfn } => {
                 write!(f, "place_table_page {domain} {page} at gfn {gfn}")
             }
