@@ -38,6 +38,8 @@ pub(crate) struct Generator<'r> {
     /// Tables of either kind may be granted, and nothing is copied out of grants: frame numbers
     /// stand in them.
     tables: bool,
+    /// The other domain is dead.
+    killed: bool,
 }
 
 /// Makes one program.
@@ -49,6 +51,7 @@ pub(crate) fn program(rng: &mut Rng, max_frames: u32, kills: u32) -> Vec<Step> {
     let mut generator = Generator {
         rng,
         tables,
+        killed: false,
         steps: Vec::new(),
         version: 1,
         granted: Vec::new(),
@@ -66,6 +69,7 @@ pub(crate) fn program(rng: &mut Rng, max_frames: u32, kills: u32) -> Vec<Step> {
     }
     if kill {
         generator.push(Head::Kill);
+        generator.killed = true;
         for _ in 0..generator.rng.u32(4..20) {
             generator.step();
         }
@@ -654,7 +658,13 @@ impl Generator<'_> {
             2 => self.pick(&[0xFFFF_FFFF, 0x8000_0000]),
             _ => self.rng.u32(0..4),
         };
-        let item = vec![self.self_or_dom(), lit(nr), STATUS_BEFORE, self.list()];
+        // The kernel could not see what a dead domain's table grows by.
+        let dom = if self.killed {
+            lit(SELF)
+        } else {
+            self.self_or_dom()
+        };
+        let item = vec![dom, lit(nr), STATUS_BEFORE, self.list()];
         self.call(Op::SetupTable, vec![item]);
     }
 
