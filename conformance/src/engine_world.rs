@@ -38,7 +38,6 @@ pub(crate) struct EngineWorld {
     vcpu: Vcpu<Machine>,
     pages: Vec<Page>,
     page_words: Vec<Arc<PageWords>>,
-    areas: Vec<Vec<Page>>,
     area_words: Vec<Vec<Arc<PageWords>>>,
     slots_table: Mfn,
     slots_words: Arc<PageWords>,
@@ -135,7 +134,6 @@ impl EngineWorld {
             other_pages,
             vcpu,
             pages,
-            areas,
             slots_table,
             shows_status: false,
             frames: [0; 2],
@@ -496,6 +494,5 @@ impl EngineWorld {
                 .map(STATUS_ADDR + frame * 4096, Gfn(page), Access::Write);
             assert!(mapped, "a status page of its own");
         }
-        let _ = &self.areas;
     }
 }
