@@ -24,24 +24,59 @@ pub(crate) struct Ports(Mutex<List>);
 #[derive(Debug, Default)]
 struct List {
     ports: BTreeMap<u32, Port>,
-    /// Its domain is dead.
-    closed: bool,
+    /// Ports ever entered: the serial of the last one.
+    entered: u64,
+}
+
+/// A port. Its number is used until it is closed, whatever its state.
+#[derive(Debug)]
+struct Port {
+    /// Tells it from one that is made with its number after it is closed.
+    serial: u64,
+    peer: DomId,
+    state: State,
+    #[expect(dead_code, reason = "open is all that it has to be")]
+    sending: Sending,
 }
 
 #[derive(Debug)]
-enum Port {
+enum State {
     /// Made for a domain that has not taken it: the end that is meant for it.
-    Waiting(DomId, EventPort, Sending),
-    /// Connected with the domain's port.
-    Connected(
-        DomId,
-        u32,
-        #[expect(dead_code, reason = "open is all that it has to be")] Sending,
-    ),
+    Waiting(EventPort),
+    /// Its end is on the way to the peer, and comes back if it cannot be sent.
+    Taken,
+    /// Connected with this port of the peer.
+    Connected(u32),
 }
 
 /// A copy of what the port's domain sends through: the peer sees a hang-up when this too is closed.
 type Sending = OwnedFd;
+
+impl List {
+    /// The lowest number from 1 that is free.
+    fn free_number(&self) -> Result<u32, Errno> {
+        if self.ports.len() >= MOST_PORTS {
+            return Err(Errno::NoMem);
+        }
+        (1..)
+            .find(|number| !self.ports.contains_key(number))
+            .ok_or(Errno::NoMem)
+    }
+
+    /// Enters a port under a free number; its serial.
+    fn enter(&mut self, number: u32, peer: DomId, state: State, sending: Sending) -> u64 {
+        self.entered += 1;
+        let serial = self.entered;
+        let port = Port {
+            serial,
+            peer,
+            state,
+            sending,
+        };
+        self.ports.insert(number, port);
+        serial
+    }
+}
 
 impl Ports {
     fn lock(&self) -> MutexGuard<'_, List> {
@@ -55,28 +90,30 @@ impl Ports {
         send: impl FnOnce(u32, &EventPort) -> Result<(), Errno>,
     ) -> Result<u32, Errno> {
         let mut list = self.lock();
-        let number = free_number(&list)?;
+        let number = list.free_number()?;
         let (own, other) = EventPort::pair().map_err(|_| Errno::NoMem)?;
         send(number, &own)?;
-        list.ports
-            .insert(number, Port::Waiting(peer, other, own.into_sending()));
+        list.enter(number, peer, State::Waiting(other), own.into_sending());
         Ok(number)
     }
 
-    /// What port `number` keeps for `caller`, taken out of the list.
-    fn take_waiting(&self, number: u32, caller: DomId) -> Result<(EventPort, Sending), Errno> {
+    /// The end that port `number` keeps for `caller`, and the port's serial. The port is to be settled.
+    fn take_waiting(&self, number: u32, caller: DomId) -> Result<(EventPort, u64), Errno> {
         let mut list = self.lock();
-        match list.ports.remove(&number) {
-            Some(Port::Waiting(peer, end, sending)) if peer == caller => Ok((end, sending)),
-            Some(other) => {
-                list.ports.insert(number, other);
+        let port = list.ports.get_mut(&number).filter(|port| port.peer == caller);
+        let port = port.ok_or(Errno::Inval)?;
+        match std::mem::replace(&mut port.state, State::Taken) {
+            State::Waiting(end) => Ok((end, port.serial)),
+            other => {
+                port.state = other;
                 Err(Errno::Inval)
             }
-            None => Err(Errno::Inval),
         }
     }
 
     /// Takes the other end of `peer`'s port `remote`; `send` gives it and its new number to the domain.
+    ///
+    /// `peer` may close that port meanwhile: then this fails, and an end that was sent is hung up.
     pub(crate) fn bind(
         &self,
         caller: DomId,
@@ -85,27 +122,40 @@ impl Ports {
         send: impl FnOnce(u32, &EventPort) -> Result<(), Errno>,
     ) -> Result<u32, Errno> {
         // One lock at a time: two domains may bind to each other at once.
-        let (end, sending) = peers.take_waiting(remote, caller)?;
+        let (end, taken) = peers.take_waiting(remote, caller)?;
         let mut list = self.lock();
-        let sent = free_number(&list).and_then(|number| send(number, &end).map(|()| number));
-        let port = match sent {
-            Ok(number) => {
-                list.ports
-                    .insert(number, Port::Connected(peer, remote, end.into_sending()));
-                Port::Connected(caller, number, sending)
+        let sent = list
+            .free_number()
+            .and_then(|number| send(number, &end).map(|()| number));
+        let number = match sent {
+            Ok(number) => number,
+            Err(errno) => {
+                drop(list);
+                peers.settle(remote, taken, State::Waiting(end));
+                return Err(errno);
             }
-            Err(_) => Port::Waiting(caller, end, sending),
         };
+        let own = list.enter(number, peer, State::Connected(remote), end.into_sending());
         drop(list);
-        peers.put_back(remote, port);
-        sent
+        if peers.settle(remote, taken, State::Connected(number)) {
+            return Ok(number);
+        }
+        self.remove(number, own);
+        Err(Errno::Inval)
     }
 
-    /// Enters a port that was taken out, unless all were given up meanwhile.
-    fn put_back(&self, number: u32, port: Port) {
+    /// Says what became of a port that was taken from; false if it was closed meanwhile.
+    fn settle(&self, number: u32, serial: u64, state: State) -> bool {
         let mut list = self.lock();
-        if !list.closed {
-            list.ports.insert(number, port);
+        let port = list.ports.get_mut(&number).filter(|port| port.serial == serial);
+        port.map(|port| port.state = state).is_some()
+    }
+
+    /// Gives up the port `number` if it still is the one with this serial.
+    fn remove(&self, number: u32, serial: u64) {
+        let mut list = self.lock();
+        if list.ports.get(&number).is_some_and(|port| port.serial == serial) {
+            list.ports.remove(&number);
         }
     }
 
@@ -116,11 +166,7 @@ impl Ports {
 
     /// Gives all ports up.
     pub(crate) fn close_all(&self) {
-        let ports = {
-            let mut list = self.lock();
-            list.closed = true;
-            std::mem::take(&mut list.ports)
-        };
+        let ports = std::mem::take(&mut self.lock().ports);
         // Outside the lock: this closes.
         drop(ports);
     }
@@ -128,22 +174,12 @@ impl Ports {
     /// Ports by number: the peer, and its port if it has taken the other end.
     pub(crate) fn view(&self) -> Vec<(u32, DomId, Option<u32>)> {
         let list = self.lock();
-        let view = list.ports.iter().map(|(number, port)| match port {
-            Port::Waiting(peer, ..) => (*number, *peer, None),
-            Port::Connected(peer, remote, _) => (*number, *peer, Some(*remote)),
+        let view = list.ports.iter().map(|(number, port)| match port.state {
+            State::Waiting(_) | State::Taken => (*number, port.peer, None),
+            State::Connected(remote) => (*number, port.peer, Some(remote)),
         });
         view.collect()
     }
-}
-
-/// The lowest number from 1 that is free.
-fn free_number(List { ports, .. }: &List) -> Result<u32, Errno> {
-    if ports.len() >= MOST_PORTS {
-        return Err(Errno::NoMem);
-    }
-    (1..)
-        .find(|number| !ports.contains_key(number))
-        .ok_or(Errno::NoMem)
 }
 
 #[cfg(test)]
@@ -194,8 +230,70 @@ mod tests {
             one.close_all();
             Ok(())
         });
+        assert_eq!(bound, Err(Errno::Inval));
+        assert_eq!((one.view(), two.view()), (vec![], vec![]));
+    }
+
+    #[test]
+    fn a_port_made_while_another_is_taken_gets_a_number_of_its_own() {
+        for answer in [Ok(()), Err(Errno::Again)] {
+            let (one, two) = (Ports::default(), Ports::default());
+            let port = one.make(TWO, |_, _| Ok(())).unwrap();
+            let mut made = None;
+            let bound = two.bind(TWO, (ONE, &one), port, |_, _| {
+                made = Some(one.make(DomId(3), |_, _| Ok(()))?);
+                answer
+            });
+            assert_eq!(bound.map(drop), answer);
+            let made = made.unwrap();
+            assert_ne!(made, port);
+            assert_eq!(one.view(), [(port, TWO, bound.ok()), (made, DomId(3), None)]);
+        }
+    }
+
+    #[test]
+    fn a_port_closed_while_it_is_taken_stays_closed() {
+        for answer in [Ok(()), Err(Errno::Again)] {
+            let (one, two) = (Ports::default(), Ports::default());
+            let port = one.make(TWO, |_, _| Ok(())).unwrap();
+            let mut sent = None;
+            let bound = two.bind(TWO, (ONE, &one), port, |number, end| {
+                keep(&mut sent)(number, end)?;
+                one.close(port)?;
+                answer
+            });
+            assert_eq!(bound, answer.and(Err(Errno::Inval)));
+            assert_eq!((one.view(), two.view()), (vec![], vec![]));
+            assert_eq!(sent.unwrap().take(), Err(rustix::io::Errno::PIPE));
+        }
+    }
+
+    #[test]
+    fn a_port_made_with_the_number_of_one_closed_while_it_is_taken_is_another_port() {
+        for answer in [Ok(()), Err(Errno::Again)] {
+            let (one, two) = (Ports::default(), Ports::default());
+            let port = one.make(TWO, |_, _| Ok(())).unwrap();
+            let bound = two.bind(TWO, (ONE, &one), port, |_, _| {
+                one.close(port)?;
+                assert_eq!(one.make(DomId(3), |_, _| Ok(())), Ok(port));
+                answer
+            });
+            assert!(bound.is_err());
+            assert_eq!(one.view(), [(port, DomId(3), None)]);
+            assert_eq!(two.view(), []);
+        }
+    }
+
+    #[test]
+    fn an_end_on_its_way_cannot_be_taken_a_second_time() {
+        let (one, two, other) = (Ports::default(), Ports::default(), Ports::default());
+        let port = one.make(TWO, |_, _| Ok(())).unwrap();
+        let bound = two.bind(TWO, (ONE, &one), port, |_, _| {
+            let again = other.bind(TWO, (ONE, &one), port, |_, _| Ok(()));
+            assert_eq!(again, Err(Errno::Inval));
+            Ok(())
+        });
         assert!(bound.is_ok());
-        assert_eq!(one.view(), []);
     }
 
     #[test]
