@@ -2,7 +2,7 @@
 //!
 //! What must hold: an error on the way up leaves no process, no socket and no lock behind; a backend that dies is
 //! replaced by another that serves the same image, so that users of the disk see a pause and no error; when a frontend dies
-//! both are replaced; and the way down is in order: users first, then frontends, then backends.
+//! another exports the image; when both die, in whatever order and at whatever distance, both are replaced; and the way down is in order: users first, then frontends, then backends.
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::PathBuf;
@@ -419,14 +419,28 @@ impl Session {
         for number in 0..self.disks.len() {
             let spec = self.vbd(number);
             if self.disks[number].backend == index {
-                self.wait_until_noticed(&spec.paths().frontend)?;
-                toolstack::replace_backend(&mut self.store, &spec.paths(), &spec).map_err(failed)?;
+                self.replace_backend(&spec)?;
             } else if self.disks[number].frontend == index {
                 // Its backend finds the old directories gone, lets go, and finds new ones.
                 toolstack::create(&mut self.store, &spec).map_err(failed)?;
             }
         }
         Ok(())
+    }
+
+    /// Gives a disk its new backend. When its frontend has gone too there is nothing to give it to: whatever comes in that
+    /// frontend's place finds both directories made anew.
+    fn replace_backend(&mut self, spec: &VbdSpec) -> Result<(), Failure> {
+        let paths = spec.paths();
+        self.wait_until_noticed(&paths.frontend)?;
+        match toolstack::replace_backend(&mut self.store, &paths, spec) {
+            Ok(_) => Ok(()),
+            Err(error) => match read_state(&mut self.store, &paths.frontend).map_err(failed)? {
+                // A domain's end takes its directories along, at any moment.
+                XenbusState::Unknown => Ok(()),
+                _ => Err(failed(error)),
+            },
+        }
     }
 
     /// Waits until a frontend has noticed that its backend has gone: what it must see is the gap between two backends.

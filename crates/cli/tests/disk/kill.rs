@@ -122,6 +122,31 @@ fn killing_the_frontend_loses_nothing_and_another_takes_over() {
     assert!(served.stop().0.success());
 }
 
+/// Each order, and gaps within which the first death may or may not have been noticed when the second comes.
+#[test]
+fn killing_both_domains_replaces_both() {
+    for names in [["backend", "frontend"], ["frontend", "backend"]] {
+        for gap in [0, 100] {
+            let mut served = Served::patterned(&[], 1 << 20);
+            kill(served.pid(names[0]), "KILL");
+            thread::sleep(Duration::from_millis(gap));
+            kill(served.pid(names[1]), "KILL");
+            let mut replaced = [served.event(), served.event()].map(|event| {
+                assert_eq!(event["event"], "restarted", "{event}");
+                event["domain"].as_str().unwrap().to_owned()
+            });
+            replaced.sort();
+            assert_eq!(replaced, ["backend", "frontend"]);
+            let mut client = Client::connect(&served.socket()).unwrap();
+            assert!(client.read(0, 4096).unwrap() == pattern(7, 4096));
+            let (acknowledged, _) = client.write_all(&[(4096, pattern(9, 4096))]);
+            assert_eq!(acknowledged, [4096]);
+            drop(client);
+            assert!(served.stop().0.success());
+        }
+    }
+}
+
 #[test]
 fn killing_the_monitor_loses_nothing_and_ends_every_domain() {
     let (mut served, possible) = kill_in_mid_write(Served::monitor);
