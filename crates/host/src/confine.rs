@@ -11,12 +11,18 @@
 //! |---|---|
 //! | `ptrace`, `process_vm_*`, `process_madvise`, `kcmp`, `pidfd_*` | other processes of the same user |
 //! | `kill`, `tkill`, `rt_*sigqueueinfo`, `fcntl(F_SETOWN)`; `tgkill` but to itself | signals to others |
-//! | `open*`, `stat` by name, `socket`, `connect`, `bind`, `listen` | files and network |
+//! | `open*`, `socket`, `connect`, `bind`, `listen` | files and network |
 //! | `sendmsg`, `sendmmsg` | descriptors are received, never sent on |
 //! | `ftruncate`, `fallocate`, `fchmod`, `fcntl(F_ADD_SEALS)`, `memfd_create` | shared pages |
 //! | `fork`, `execve`, `clone` but for threads | processes that the monitor does not know |
 //! | `mmap` and `mprotect` for execution | code that is not the program's |
+//! | `mmap` of shared anonymous or downward growing memory, `mremap`, `shmget` | memory that no limit counts |
 //! | `io_uring_*`, `userfaultfd`, `bpf`, `perf_event_open`, `keyctl`, `mount`, `unshare`, `setns` | the kernel's rarer doors |
+//!
+//! One thing is left to a domain outside of it: `fstatat` and `statx` are how the C library and `std` ask
+//! about an open descriptor, and the filter cannot read the name that may be given with it. So a domain can
+//! learn of a file by name that it exists, its kind, size, owner, mode and times, as far as its user may
+//! search the directories on the way. It learns nothing of the content.
 //!
 //! A program that is executed (rather than a function of the launching binary) needs `execve`, files opened
 //! for reading and executable mappings, since it is loaded after the filter; Landlock then says which files.
@@ -44,7 +50,8 @@ pub struct Confinement {
     pub user: Option<u32>,
     /// Descriptors that the process may have.
     pub descriptors: u64,
-    /// Bytes of private memory (heap and stacks) that it may have, beside its domain's memory.
+    /// Bytes of private memory (heap and threads' stacks) that it may have, beside its domain's memory and
+    /// the 8 MiB to which its first stack may grow.
     pub private_memory: u64,
     /// Threads that it may have, where it has a user of its own.
     pub threads: u64,
@@ -84,7 +91,8 @@ pub struct Landlock {
 /// The walls around a domain's process: which of them this machine gave.
 ///
 /// Having one that [`is_isolated`](Isolation::is_isolated) tells you: when it was made, before the domain's
-/// program ran, the process could reach its own memory and its descriptors and nothing else.
+/// program ran, the process could reach its own memory and its descriptors and nothing else, but for asking
+/// what a file is (not what is in it) by its name: see the [module](self).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Isolation {
     /// The user that the process became; `None`: it runs as the monitor's own.
@@ -99,7 +107,8 @@ pub struct Isolation {
     pub dies_with_monitor: bool,
     /// It inherited no descriptor but those meant for it.
     pub descriptors_closed: bool,
-    /// Descriptors, private memory and core dumps are bounded.
+    /// Descriptors, private memory, the first stack and core dumps are bounded. That there is no memory but
+    /// private memory and what the monitor gave needs [`system_calls`](Self::system_calls) too.
     pub limits: bool,
     /// What Landlock enforces.
     pub landlock: Landlock,
@@ -180,6 +189,7 @@ pub(crate) fn confine(wanted: &Confinement, monitor: Pid) -> Result<Isolation, C
     limit(Resource::Core, 0)?;
     limit(Resource::Nofile, wanted.descriptors)?;
     limit(Resource::Data, wanted.private_memory)?;
+    limit(Resource::Stack, FIRST_STACK)?;
     limit(Resource::Memlock, 0)?;
     isolation.limits = true;
     if let Some(user) = wanted.user
@@ -202,6 +212,9 @@ pub(crate) fn confine(wanted: &Confinement, monitor: Pid) -> Result<Isolation, C
     isolation.system_calls = install_filter(wanted)?;
     Ok(isolation)
 }
+
+/// Bytes to which the first thread's stack may grow, which the limit on private memory does not count.
+const FIRST_STACK: u64 = 8 << 20;
 
 /// Where programs and their libraries lie, and what the loader reads.
 const SYSTEM: [&str; 8] = [
@@ -292,7 +305,6 @@ fn allowed(wanted: &Confinement) -> Result<Allowed, ConfineError> {
         // Memory of its own and time.
         libc::SYS_brk,
         libc::SYS_munmap,
-        libc::SYS_mremap,
         libc::SYS_futex,
         libc::SYS_clock_gettime,
         libc::SYS_clock_getres,
@@ -443,8 +455,8 @@ fn allowed(wanted: &Confinement) -> Result<Allowed, ConfineError> {
             vec![socket, int(2, Is::Eq, number(option))?],
         )?;
     }
-    // fstat() and File::metadata(): a descriptor and no name. What a name that is given all the same
-    // could tell (that a file exists) is the one leak left; the filter cannot read it.
+    // fstat() and File::metadata(): a descriptor and no name. The filter cannot read the name, and the C
+    // library has no other fstat(): what a name that is given all the same tells is the one leak left.
     let empty = number(libc::AT_EMPTY_PATH);
     when(libc::SYS_newfstatat, vec![int(3, Is::MaskedEq(empty), empty)?])?;
     when(libc::SYS_statx, vec![int(2, Is::MaskedEq(empty), empty)?])?;
@@ -453,8 +465,17 @@ fn allowed(wanted: &Confinement) -> Result<Allowed, ConfineError> {
         when(libc::SYS_fallocate, vec![int(1, Is::Eq, punch)?])?;
     }
 
-    let execute = number(libc::PROT_EXEC);
-    if wanted.program.is_some() {
+    let executes = wanted.program.is_some();
+    // The limit on private memory does not count shared memory nor stacks: none may be made from nothing.
+    let counted = number(libc::MAP_TYPE | libc::MAP_GROWSDOWN);
+    let of_file = number(libc::MAP_ANONYMOUS | libc::MAP_GROWSDOWN);
+    for flags in [
+        int(3, Is::MaskedEq(counted), number(libc::MAP_PRIVATE))?,
+        int(3, Is::MaskedEq(of_file), 0)?,
+    ] {
+        when(libc::SYS_mmap, [vec![flags], protection(executes)?].concat())?;
+    }
+    if executes {
         when(
             libc::SYS_openat,
             vec![int(2, Is::MaskedEq(number(!READ_ONLY_FLAGS)), 0)?],
@@ -463,11 +484,18 @@ fn allowed(wanted: &Confinement) -> Result<Allowed, ConfineError> {
             allowed.insert(*call, Vec::new());
         }
     } else {
-        for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-            when(call, vec![int(2, Is::MaskedEq(execute), 0)?])?;
-        }
+        when(libc::SYS_mprotect, protection(executes)?)?;
     }
     Ok(allowed)
+}
+
+/// How memory of `mmap` and `mprotect` may be accessed.
+fn protection(executes: bool) -> Result<Vec<SeccompCondition>, ConfineError> {
+    if executes {
+        return Ok(Vec::new());
+    }
+    let execute = number(libc::PROT_EXEC);
+    Ok(vec![int(2, Is::MaskedEq(execute), 0)?])
 }
 
 /// Numbers of `ioctl` on both architectures; the C libraries do not agree on their type.
@@ -482,7 +510,6 @@ const READ_ONLY_FLAGS: i32 =
 /// What a program that is loaded after the filter needs beside; Landlock bounds the files.
 const LOADER_CALLS: &[i64] = &[
     libc::SYS_execve,
-    libc::SYS_mmap,
     libc::SYS_mprotect,
     libc::SYS_faccessat,
     libc::SYS_faccessat2,
@@ -573,6 +600,8 @@ mod tests {
                 libc::SYS_socket,
                 libc::SYS_ftruncate,
                 libc::SYS_memfd_create,
+                libc::SYS_shmget,
+                libc::SYS_mremap,
                 libc::SYS_io_uring_setup,
                 libc::SYS_userfaultfd,
                 libc::SYS_bpf,

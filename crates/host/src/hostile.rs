@@ -140,6 +140,13 @@ pub fn attack_kernel(victims: &[(&str, Pid)]) -> Vec<Attempt> {
     tried("mount", attack::mount());
     tried("make memory to hand out", attack::memfd_create());
     tried("map memory for execution", attack::map_executable());
+    tried("map shared memory of nothing", attack::map_kind(libc::MAP_SHARED));
+    tried(
+        "map memory that grows like a stack",
+        attack::map_kind(libc::MAP_PRIVATE | libc::MAP_GROWSDOWN),
+    );
+    tried("make a mapping larger", attack::remap());
+    tried("make a shared segment", attack::shmget());
     tried("io_uring", attack::io_uring());
     tried("userfaultfd", attack::userfaultfd());
     tried("bpf", attack::bpf());

@@ -55,6 +55,7 @@ fn main() -> ExitCode {
         a_domain_serves_files_and_sockets_that_it_was_given,
         a_domain_that_aborts_ends_by_its_signal,
         an_executable_runs_and_reaches_no_file_but_its_libraries,
+        an_executable_gets_no_memory_that_no_limit_counts,
         a_role_that_does_not_exist_is_an_error_that_says_so,
         domains_die_with_their_starter,
     ];
@@ -246,7 +247,7 @@ fn a_hostile_domain_gets_nothing_from_the_kernel() -> Result<(), Failed> {
     assert_eq!(victim.child.try_wait()?, None, "the victim lives");
     victim.child.kill()?;
     victim.child.wait()?;
-    all_refused(&report, 50)
+    all_refused(&report, 54)
 }
 
 /// The control: the attempts are real. What even a plain process is refused depends on the machine and on
@@ -274,6 +275,10 @@ fn the_same_attempts_succeed_without_confinement() -> Result<(), Failed> {
         "execute a program",
         "make memory to hand out",
         "map memory for execution",
+        "map shared memory of nothing",
+        "map memory that grows like a stack",
+        "make a mapping larger",
+        "make a shared segment",
         "become root",
     ];
     for name in let_in {
@@ -380,6 +385,29 @@ fn an_executable_runs_and_reaches_no_file_but_its_libraries() -> Result<(), Fail
     } else {
         println!("files not checked: this kernel has no Landlock");
         assert!(!walls.is_isolated());
+    }
+    Ok(())
+}
+
+fn an_executable_gets_no_memory_that_no_limit_counts() -> Result<(), Failed> {
+    let report = run(Program {
+        code: Code::Executable(std::env::current_exe()?),
+        arguments: vec!["--attack".into(), std::process::id().to_string()],
+        ..program("")
+    })?;
+    let attempts: Vec<Attempt> = serde_json::from_str(&report)?;
+    let uncounted = [
+        "map shared memory of nothing",
+        "map memory that grows like a stack",
+        "make a mapping larger",
+        "make a shared segment",
+        "make memory to hand out",
+    ];
+    for name in uncounted {
+        let attempt = attempts.iter().find(|attempt| attempt.name == name).ok_or(name)?;
+        if !attempt.is_refused() {
+            return Err(attempt.to_string().into());
+        }
     }
     Ok(())
 }

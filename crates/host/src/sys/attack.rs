@@ -84,6 +84,8 @@ attack! {
     execve() = libc::SYS_execve, [BAD_ADDRESS, 0, 0];
     /// Makes memory of its own to hand out, named at a bad address.
     memfd_create() = libc::SYS_memfd_create, [BAD_ADDRESS, 0];
+    /// Makes a System V segment of no bytes, which is refused or wrong.
+    shmget() = libc::SYS_shmget, [libc::IPC_PRIVATE, 0, 0o600];
     /// Lets others trace it.
     become_dumpable() = libc::SYS_prctl, [libc::PR_SET_DUMPABLE, 1];
     /// Raises its own limit of descriptors, described at a bad address.
@@ -184,11 +186,26 @@ pub(crate) fn open_keep(path: &str, flags: i32) -> Result<OwnedFd, Errno> {
 /// Makes a page of its own memory executable.
 pub(crate) fn map_executable() -> Answer {
     let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    map_anonymous(prot, libc::MAP_PRIVATE)
+}
+
+/// Makes a page of memory from nothing, of this kind (`MAP_SHARED`, say).
+pub(crate) fn map_kind(kind: i32) -> Answer {
+    map_anonymous(libc::PROT_READ | libc::PROT_WRITE, kind)
+}
+
+fn map_anonymous(prot: i32, kind: i32) -> Answer {
+    let flags = kind | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping where the kernel likes.
     let at = unsafe { call(libc::SYS_mmap, [0, 4096, prot.into(), flags.into(), -1, 0]) }?;
     // SAFETY: the page just mapped, which nobody uses.
     unsafe { call(libc::SYS_munmap, [at, 4096, 0, 0, 0, 0]) }
+}
+
+/// Makes a mapping larger, one at address zero, where there is none; `EFAULT` means that it was let in.
+pub(crate) fn remap() -> Answer {
+    // SAFETY: nothing is mapped there, and nothing is moved: no `MREMAP_MAYMOVE`.
+    unsafe { call(libc::SYS_mremap, [0, 4096, 8192, 0, 0, 0]) }
 }
 
 /// Maps the first page of a descriptor for writing. Nothing is written.
