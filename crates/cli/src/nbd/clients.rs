@@ -4,6 +4,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::connection::Export;
 use super::listener::{ListenError, Listener};
@@ -22,6 +23,11 @@ struct Served {
 
 impl Served {
     fn new(queues: usize) -> Self {
+        Self::with_patience(queues, Duration::from_secs(60))
+    }
+
+    /// One that gives clients so long for their handshake.
+    fn with_patience(queues: usize, patience: Duration) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let image = Image::generate(16 << 20).unwrap();
         let file = Arc::new(image.file().try_clone().unwrap());
@@ -35,7 +41,7 @@ impl Served {
         };
         let listener = Listener::unix(&folder.path().join("a socket")).unwrap();
         let uri = listener.to_string();
-        let server = Server::start(listener, export, devices).unwrap();
+        let server = Server::start_with_patience(listener, export, devices, patience).unwrap();
         Served {
             folder,
             image,
@@ -195,6 +201,56 @@ fn a_socket_in_use_or_a_file_in_the_way_is_left_alone_and_a_dead_socket_is_taken
 }
 
 #[test]
+fn clients_that_say_nothing_do_not_keep_others_out() {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+    let served = Served::with_patience(2, Duration::from_millis(300));
+    let path = served.path("a socket");
+    let greeted = |client: &mut UnixStream| client.read_exact(&mut [0; 18]).is_ok();
+    // One that is past its handshake may be silent for as long as it likes.
+    let mut silent = UnixStream::connect(&path).unwrap();
+    assert!(greeted(&mut silent));
+    silent.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
+    silent.read_exact(&mut [0; 10]).unwrap();
+    let began = Instant::now();
+    let mut mute: Vec<UnixStream> = (1..16).map(|_| UnixStream::connect(&path).unwrap()).collect();
+    assert!(mute.iter_mut().all(greeted));
+    // It makes no difference to begin: each of these says a byte of its flags.
+    for client in &mut mute {
+        client.write_all(b"\0").unwrap();
+    }
+    assert!(
+        !greeted(&mut UnixStream::connect(&path).unwrap()),
+        "16 places are taken"
+    );
+    for client in &mut mute {
+        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        assert!(matches!(client.read(&mut [0]), Ok(0)), "it was not hung up on");
+    }
+    assert!(
+        began.elapsed() >= Duration::from_millis(300),
+        "{:?}",
+        began.elapsed()
+    );
+    let mut next = UnixStream::connect(&path).unwrap();
+    let came_in = (0..100).any(|_| {
+        greeted(&mut next) || {
+            std::thread::sleep(Duration::from_millis(10));
+            next = UnixStream::connect(&path).unwrap();
+            false
+        }
+    });
+    assert!(came_in, "the places are still taken");
+    // A flush.
+    silent
+        .write_all(b"\x25\x60\x95\x13\0\0\0\x03a cookie\0\0\0\0\0\0\0\0\0\0\0\0")
+        .unwrap();
+    let mut reply = [0; 16];
+    silent.read_exact(&mut reply).unwrap();
+    assert_eq!(reply, *b"\x67\x44\x66\x98\0\0\0\0a cookie");
+}
+
+#[test]
 fn a_client_that_is_cut_off_costs_nobody_else_anything() {
     use std::io::{Read as _, Write as _};
     let served = Served::new(1);
@@ -215,7 +271,7 @@ fn a_client_that_is_cut_off_costs_nobody_else_anything() {
         if clients() == 0 {
             return;
         }
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
     }
     panic!("{} clients are still counted", clients());
 }

@@ -172,6 +172,15 @@ impl Connection {
         self.phase = Phase::Draining;
     }
 
+    /// The handshake is not over yet.
+    pub(super) fn is_negotiating(&self) -> bool {
+        match &self.phase {
+            Phase::ClientFlags | Phase::Option | Phase::OptionData { .. } => true,
+            Phase::Skip { then, .. } => matches!(then, AfterSkip::RefuseOption(_)),
+            Phase::Request | Phase::Payload { .. } | Phase::Draining => false,
+        }
+    }
+
     /// Nothing is left to do for this client.
     pub(super) fn is_finished(&self) -> bool {
         matches!(self.phase, Phase::Draining) && self.in_flight == 0 && self.output.is_empty()

@@ -28,6 +28,9 @@ const MAX_CLIENTS: usize = 16;
 /// Bytes that are submitted for a client before answers are sent: about what stays in the processor's cache.
 const ROUND: usize = 512 << 10;
 
+/// How long a client may take for its handshake: places are few, and whoever says nothing must not keep one.
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(5);
+
 /// How long a stop waits for requests under way and for clients to take their answers.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -136,6 +139,16 @@ impl Server {
         export: Export,
         devices: Vec<D>,
     ) -> io::Result<Self> {
+        Self::start_with_patience(listener, export, devices, HANDSHAKE_PATIENCE)
+    }
+
+    /// [`start`](Self::start), with the time that a client may take for its handshake.
+    pub(super) fn start_with_patience<D: BlockDevice + 'static>(
+        listener: Listener,
+        export: Export,
+        devices: Vec<D>,
+        handshake_patience: Duration,
+    ) -> io::Result<Self> {
         let counters = Arc::new(Counters::default());
         let stop = Bell::new()?;
         let export = Arc::new(export);
@@ -147,6 +160,7 @@ impl Server {
             let worker = Worker {
                 device,
                 export: Arc::clone(&export),
+                handshake_patience,
                 counters: Arc::clone(&counters),
                 load: Arc::clone(&load),
                 bell: bell.clone(),
@@ -287,6 +301,8 @@ struct Client {
     id: u32,
     stream: Stream,
     connection: Connection,
+    /// When its handshake must be over.
+    handshake_end: Instant,
     /// Operation and length by tag, for the counters.
     requests: Box<[(Operation, u32)]>,
 }
@@ -294,6 +310,7 @@ struct Client {
 struct Worker<D> {
     device: D,
     export: Arc<Export>,
+    handshake_patience: Duration,
     counters: Arc<Counters>,
     load: Arc<AtomicUsize>,
     bell: Bell,
@@ -314,10 +331,12 @@ impl<D: BlockDevice> Worker<D> {
                     client.connection.drain();
                 }
             }
+            let handshake_end = self.hurry();
             self.work();
             self.bury();
-            let patience = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            if !open && (self.clients.is_empty() || patience.is_some_and(|left| left.is_zero())) {
+            let next = deadline.into_iter().chain(handshake_end).min();
+            let patience = next.map(|next| next.saturating_duration_since(Instant::now()));
+            if !open && (self.clients.is_empty() || deadline.is_some_and(|end| end <= Instant::now())) {
                 return;
             }
             if let Err(error) = self.sleep(patience) {
@@ -337,6 +356,7 @@ impl<D: BlockDevice> Worker<D> {
                         id: self.next_id,
                         stream,
                         connection: Connection::new(Arc::clone(&self.export)),
+                        handshake_end: Instant::now() + self.handshake_patience,
                         requests: vec![(Operation::Flush, 0); Connection::MAX_IN_FLIGHT].into(),
                     });
                 }
@@ -344,6 +364,22 @@ impl<D: BlockDevice> Worker<D> {
                 Err(mpsc::TryRecvError::Disconnected) => return false,
             }
         }
+    }
+
+    /// Hangs up on clients whose handshake took too long; when the next one's time is over.
+    fn hurry(&mut self) -> Option<Instant> {
+        let mut next = None;
+        for client in &mut self.clients {
+            if !client.connection.is_negotiating() {
+                continue;
+            }
+            if client.handshake_end <= Instant::now() {
+                client.connection.hang_up();
+            } else {
+                next = Some(next.map_or(client.handshake_end, |end: Instant| end.min(client.handshake_end)));
+            }
+        }
+        next
     }
 
     /// Moves everything that can move: requests in, completions out, answers sent.
