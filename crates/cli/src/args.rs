@@ -87,7 +87,7 @@ impl Command {
 Examples:
   gnttab demo
   gnttab demo --image disk.img
-  gnttab demo --json | jq .verdict")]
+  gnttab demo --json | jq .held")]
 pub(crate) struct Demo {
     /// Use the first 256 MiB of this image instead of a generated one. The file itself is not changed.
     #[arg(long, value_name = "FILE")]
@@ -184,7 +184,7 @@ pub(crate) struct Run {
 Examples:
   gnttab dump d1                                    the table of domain 1
   gnttab dump storage --reference 0x12              one entry of it
-  gnttab dump 2 --json | jq '.entries[] | select(.pins > 0)'")]
+  gnttab dump 2 --json | jq '.entries[] | select((.pins | add) > 0)'")]
 pub(crate) struct Dump {
     /// The domain: 5, d5, or its name.
     pub(crate) domain: DomainRef,
