@@ -14,7 +14,7 @@
 //! | grant table | a memfd that it and the engine map | granting and ending make no call |
 //! | hypercall | words in shared memory and a futex ([`area`]) | a batch costs one wake-up, or none |
 //! | event channel | two pipes | the monitor is not in the way, and no peer can make the other wait |
-//! | process | confined before its program runs | it reaches its memory, its descriptors, and nothing else |
+//! | process | confined before its program runs | it reaches its memory, its descriptors, and nothing else ([but for what files are](confine)) |
 //!
 //! The data path is the guests' own: rings in granted pages and event channels. The monitor is not in it.
 //!
