@@ -16,7 +16,7 @@ use crate::live::{Rates, Stop};
 use crate::nbd::connection::Export;
 use crate::nbd::listener::{ListenError, Listener};
 use crate::nbd::server::{Server, Totals};
-use crate::roles::{News, Word};
+use crate::roles::{News, Sum};
 use crate::session::{DiskPlan, DomainPlan, Event, JobPlan, RingPlan, Session};
 use crate::{output, place};
 
@@ -73,24 +73,16 @@ fn serve(args: &Disk, image: Image, listener: Listener, stop: &Stop) -> Result<(
     let mut announced = false;
     while !stop.asked_within(Duration::ZERO) {
         match session.next_event(INTERVAL)? {
-            Some(Event::Word {
-                word: Word {
-                    news: News::Ready, ..
-                },
-                ..
-            }) if !announced => {
-                announced = true;
-                announce(args, &about, &address, &session.infos());
-            }
-            Some(Event::Word {
-                word:
-                    Word {
-                        news: News::Totals(now),
-                        ..
-                    },
-                ..
-            }) => {
-                rates.draw(totals.add(now));
+            Some(Event::Word { word, .. }) => {
+                totals.hear(&word.news);
+                match word.news {
+                    News::Ready if !announced => {
+                        announced = true;
+                        announce(args, &about, &address, &session.infos());
+                    }
+                    News::Totals(_) => rates.draw(totals.now()),
+                    _ => {}
+                }
             }
             Some(Event::Restarted { name, how }) => {
                 let domains: Vec<_> = session.infos().iter().map(brief).collect();
@@ -102,7 +94,7 @@ fn serve(args: &Disk, image: Image, listener: Listener, stop: &Stop) -> Result<(
                     output::say(&format!("domain {name} {how}; another has taken its place"));
                 }
             }
-            _ => {}
+            Some(Event::Ended { .. }) | None => {}
         }
         if !announced && started.elapsed() > READY {
             return Err(Failure::new(format!(
@@ -113,11 +105,7 @@ fn serve(args: &Disk, image: Image, listener: Listener, stop: &Stop) -> Result<(
         }
     }
     rates.clear();
-    session.stop(|word| {
-        if let News::Totals(now) = word.news {
-            totals.add(now);
-        }
-    })?;
+    session.stop(|word| totals.hear(&word.news))?;
     sum_up(args, started.elapsed(), &totals.now());
     Ok(())
 }
@@ -127,28 +115,6 @@ struct About {
     image: PathBuf,
     size: u64,
     read_only: bool,
-}
-
-/// Totals over several frontends, one after the other.
-#[derive(Debug, Default)]
-struct Sum {
-    before: Totals,
-    last: Totals,
-}
-
-impl Sum {
-    fn add(&mut self, now: Totals) -> Totals {
-        // Whoever has done less than was done before has begun anew.
-        if now.requests() < self.last.requests() {
-            self.before = self.now();
-        }
-        self.last = now;
-        self.now()
-    }
-
-    fn now(&self) -> Totals {
-        self.before.plus(&self.last)
-    }
 }
 
 /// The baseline: no domains.

@@ -14,7 +14,7 @@ use crate::machine::{self, Disk, Domain, Machine, Name};
 use crate::nbd::listener::Listener;
 use crate::nbd::server::Totals;
 use crate::output;
-use crate::roles::{News, Word};
+use crate::roles::{News, Sum, Word};
 use crate::session::{DiskPlan, DomainPlan, Event, JobPlan, ProgramPlan, RingPlan, Session};
 
 /// Runs the machine until it is told to stop or every program has ended.
@@ -79,33 +79,22 @@ fn run(name: &str, machine: &Machine, talk: Talk) -> Result<(), Failure> {
         );
     }
     let mut bad = Vec::new();
-    let mut totals = vec![Totals::default(); addresses.len()];
+    let mut totals = vec![Sum::default(); addresses.len()];
     let mut announced = vec![false; addresses.len()];
     while !stop.asked_within(Duration::ZERO) && (!has_programs || programs > 0) {
         match session.next_event(Duration::from_millis(200))? {
             Some(Event::Word {
-                word:
-                    Word {
-                        disk,
-                        news: News::Ready,
-                    },
-                ..
-            }) => {
-                let address = addresses.get(disk).cloned().flatten();
-                if let Some(address) = address.filter(|_| !std::mem::replace(&mut announced[disk], true)) {
-                    talk.serving(disk, &machine.disks[disk], &address);
-                }
-            }
-            Some(Event::Word {
-                word:
-                    Word {
-                        disk,
-                        news: News::Totals(now),
-                    },
+                word: Word { disk, news },
                 ..
             }) => {
                 if let Some(totals) = totals.get_mut(disk) {
-                    *totals = now;
+                    totals.hear(&news);
+                }
+                let address = addresses.get(disk).cloned().flatten();
+                if news == News::Ready
+                    && let Some(address) = address.filter(|_| !std::mem::replace(&mut announced[disk], true))
+                {
+                    talk.serving(disk, &machine.disks[disk], &address);
                 }
             }
             Some(Event::Restarted { name, how }) => talk.tell(
@@ -120,14 +109,15 @@ fn run(name: &str, machine: &Machine, talk: Talk) -> Result<(), Failure> {
                 );
                 bad.extend((!good).then(|| format!("domain {name} {how}")));
             }
-            Some(Event::Word { .. }) | None => {}
+            None => {}
         }
     }
     session.stop(|word| {
-        if let (News::Totals(now), Some(totals)) = (word.news, totals.get_mut(word.disk)) {
-            *totals = now;
+        if let Some(totals) = totals.get_mut(word.disk) {
+            totals.hear(&word.news);
         }
     })?;
+    let totals: Vec<Totals> = totals.iter().map(Sum::now).collect();
     let seconds = started.elapsed().as_secs_f64();
     talk.tell(
         json!({ "event": "stopped", "seconds": seconds, "disks": totals }),

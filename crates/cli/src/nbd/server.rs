@@ -69,11 +69,6 @@ pub(crate) struct Totals {
 }
 
 impl Totals {
-    /// Requests of all kinds, failed ones too.
-    pub(crate) fn requests(&self) -> u64 {
-        self.reads + self.writes + self.flushes + self.discards + self.errors
-    }
-
     /// The sum; the clients are the other's.
     pub(crate) fn plus(&self, other: &Totals) -> Totals {
         Totals {

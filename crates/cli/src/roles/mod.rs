@@ -79,6 +79,36 @@ pub(crate) enum News {
     Attempts(Vec<AttemptGroup>),
 }
 
+/// What was done with a disk over several frontends, one after the other: what a frontend that was killed had done since it
+/// last said so is lost.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Sum {
+    before: Totals,
+    last: Totals,
+}
+
+impl Sum {
+    /// Takes note of what the disk's frontend says.
+    pub(crate) fn hear(&mut self, news: &News) {
+        match news {
+            // Every frontend says so once, before anything is done.
+            News::Ready => {
+                *self = Sum {
+                    before: self.now(),
+                    last: Totals::default(),
+                }
+            }
+            News::Totals(now) => self.last = *now,
+            _ => {}
+        }
+    }
+
+    /// All of it. The clients are those of the last.
+    pub(crate) fn now(&self) -> Totals {
+        self.before.plus(&self.last)
+    }
+}
+
 /// Says it. With nobody to hear it there is nothing to be done.
 fn say(disk: usize, news: News) {
     let mut line = serde_json::to_vec(&Word { disk, news }).unwrap_or_default();
@@ -192,4 +222,35 @@ pub(crate) fn shutdown_node(domain: u16) -> String {
 
 fn state_node(directory: &str) -> String {
     format!("{directory}/state")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whichever of two frontends has done more.
+    #[test]
+    fn a_sum_counts_every_frontend() {
+        let done = |reads| {
+            News::Totals(Totals {
+                reads,
+                clients: 1,
+                ..Totals::default()
+            })
+        };
+        for (first, second) in [(3, 9), (9, 3)] {
+            let mut sum = Sum::default();
+            for news in [
+                News::Ready,
+                done(1),
+                done(first),
+                News::Ready,
+                done(1),
+                done(second),
+            ] {
+                sum.hear(&news);
+            }
+            assert_eq!((sum.now().reads, sum.now().clients), (12, 1));
+        }
+    }
 }
