@@ -4,6 +4,7 @@
 //! socket is `NAME.control` in the user's [folder](crate::place), and goes with the machine.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -82,7 +83,10 @@ pub(crate) struct Control {
 impl Control {
     /// Opens the socket of a machine called `name`.
     pub(crate) fn open(name: &str, monitor: Arc<Monitor>) -> Result<Self, Failure> {
-        let path = place::folder()?.join(format!("{name}.{ENDING}"));
+        let folder = place::folder()?;
+        // What killed machines left; a folder that cannot be read is no reason not to start.
+        let _ = living(&folder);
+        let path = folder.join(format!("{name}.{ENDING}"));
         let listener = Listener::unix(&path).map_err(|error| {
             let failure = Failure::new(format!("control {error}"));
             match error {
@@ -182,12 +186,11 @@ fn look_up(question: &Question, monitor: &Monitor) -> Answer {
 
 /// Asks a running machine.
 pub(crate) fn ask(socket: &Path, question: &Question) -> Result<Answer, Failure> {
-    let fail = |error: &dyn std::fmt::Display| {
-        Failure::new(format!("control socket {}: {error}", socket.display()))
-            .next("is the machine running? start one with: gnttab disk, gnttab run or gnttab demo")
-    };
-    let exchange = || -> io::Result<Answer> {
-        let mut stream = UnixStream::connect(socket)?;
+    let fail = |error: io::Error| Failure::new(format!("control socket {}: {error}", socket.display()));
+    let mut stream = UnixStream::connect(socket).map_err(|error| {
+        fail(error).next("is the machine running? start one with: gnttab disk, gnttab run or gnttab demo")
+    })?;
+    let mut exchange = || -> io::Result<Answer> {
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut line = serde_json::to_vec(&Versioned {
             version: VERSION,
@@ -202,32 +205,47 @@ pub(crate) fn ask(socket: &Path, question: &Question) -> Result<Answer, Failure>
     match exchange() {
         Ok(Answer::Error(why)) => Err(Failure::new(why)),
         Ok(answer) => Ok(answer),
-        Err(error) => Err(fail(&error)),
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+            let why = format!(
+                "control socket {}: the machine is there, but did not answer within {} s",
+                socket.display(),
+                PATIENCE.as_secs()
+            );
+            Err(Failure::new(why).next("it is busy or stopped: try again"))
+        }
+        Err(error) => Err(fail(error).next("the machine may be ending: try again")),
     }
+}
+
+/// The control sockets in a folder that somebody answers on. The others, left by machines that were killed, are removed;
+/// what is no socket is left alone.
+fn living(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let is_alive = |path: &PathBuf| match UnixStream::connect(path) {
+        Ok(_) => true,
+        Err(error) => {
+            if error.kind() == io::ErrorKind::ConnectionRefused {
+                // Another may have been faster.
+                let _ = std::fs::remove_file(path);
+            }
+            false
+        }
+    };
+    let mut alive: Vec<PathBuf> = std::fs::read_dir(folder)?
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_socket()))
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|ending| ending == ENDING))
+        .filter(is_alive)
+        .collect();
+    alive.sort();
+    Ok(alive)
 }
 
 /// The socket of the one machine that this user runs.
 pub(crate) fn only_one() -> Result<PathBuf, Failure> {
     let folder = place::folder()?;
-    let entries = std::fs::read_dir(&folder)
-        .map_err(|error| Failure::new(format!("folder {}: {error}", folder.display())))?;
-    let is_alive = |path: &PathBuf| {
-        let is_control = path.extension().is_some_and(|ending| ending == ENDING);
-        let connected = is_control.then(|| UnixStream::connect(path));
-        if let Some(Err(error)) = &connected
-            && error.kind() == io::ErrorKind::ConnectionRefused
-        {
-            // Left by one that was killed.
-            let _ = std::fs::remove_file(path);
-        }
-        matches!(connected, Some(Ok(_)))
-    };
-    let mut alive: Vec<PathBuf> = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(is_alive)
-        .collect();
-    alive.sort();
+    let alive =
+        living(&folder).map_err(|error| Failure::new(format!("folder {}: {error}", folder.display())))?;
     match &alive[..] {
         [only] => Ok(only.clone()),
         [] => Err(Failure::new(format!(
@@ -244,5 +262,51 @@ pub(crate) fn only_one() -> Result<PathBuf, Failure> {
             ))
             .next(format!("say which with: --control {}", first.display())))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn sockets_that_nobody_answers_on_are_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for dead in ["dead.control", "dead.nbd"] {
+            drop(UnixListener::bind(path(dead)).unwrap());
+        }
+        let alive = path("alive.control");
+        let _listener = UnixListener::bind(&alive).unwrap();
+        std::fs::write(path("file.control"), "precious").unwrap();
+        std::os::unix::fs::symlink("file.control", path("link.control")).unwrap();
+        assert_eq!(living(folder.path()).unwrap(), [alive]);
+        let mut left: Vec<_> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        left.sort();
+        assert_eq!(
+            left,
+            ["alive.control", "dead.nbd", "file.control", "link.control"]
+        );
+    }
+
+    #[test]
+    fn a_machine_that_does_not_answer_need_not_be_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("busy.control");
+        let ask = || ask(&path, &Question::Domains).unwrap_err().to_string();
+        let listener = UnixListener::bind(&path).unwrap();
+        let busy = ask();
+        assert!(
+            busy.contains("did not answer within 2 s") && !busy.contains("start one"),
+            "{busy}"
+        );
+        drop(listener);
+        let gone = ask();
+        assert!(gone.contains("start one with"), "{gone}");
     }
 }
