@@ -1482,6 +1482,8 @@ impl Model {
 pub(crate) struct Limits {
     pub(crate) kind: DomainKind,
     pub(crate) max_version: u32,
+    /// The one that its guest starts with.
+    pub(crate) version: u32,
     pub(crate) max_frames: u32,
     pub(crate) maptrack_frames: u32,
     pub(crate) iommu: bool,

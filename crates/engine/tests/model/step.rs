@@ -100,7 +100,7 @@ pub(crate) fn steps(most: usize) -> impl Strategy<Value = Vec<Step>> {
         proptest::collection::vec(plain_step(), 1..4),
     )
         .prop_map(|(what, seed, inner)| Step { what, seed, inner });
-    let step = prop_oneof![9 => plain_step(), 1 => around];
+    let step = prop_oneof![5 => plain_step(), 1 => around];
     proptest::collection::vec(step, 1..most)
 }
 
@@ -110,13 +110,14 @@ pub(crate) fn scene() -> impl Strategy<Value = Vec<Limits>> {
     let kinds = prop_oneof![5 => [x86(), x86(), x86()], 1 => Just([DomainKind::Arm; 3])];
     let version = || prop_oneof![5 => Just(2u32), 1 => Just(1)];
     let handles = || prop_oneof![1 => Just(0u32), 6 => Just(1), 3 => Just(2)];
-    let rest = || (version(), 1u32..12, handles(), any::<bool>());
+    let rest = || (version(), 1u32..12, handles(), any::<bool>(), 0u32..3);
     (kinds, [rest(), rest(), rest()]).prop_map(|(kinds, rest)| {
         let pairs = kinds.into_iter().zip(rest);
         let limits = pairs.map(
-            |(kind, (max_version, max_frames, maptrack_frames, iommu))| Limits {
+            |(kind, (max_version, max_frames, maptrack_frames, iommu, first))| Limits {
                 kind,
                 max_version,
+                version: if first == 0 { 1 } else { max_version },
                 max_frames,
                 maptrack_frames,
                 iommu: iommu && kind == DomainKind::Pv,
@@ -184,7 +185,10 @@ impl World {
             return;
         }
         let running = self.running();
-        let Some(l) = dice.choose(&running) else { return };
+        let again = self.caller.filter(|_| dice.percent(40));
+        let Some(l) = again.or(dice.choose(&running)) else {
+            return;
+        };
         match step.what {
             What::Entry => self.some_entry(l, &mut dice),
             What::Twist => self.twist(l, &mut dice),
@@ -196,16 +200,7 @@ impl World {
             What::Copy => self.some_copies(l, &mut dice, None),
             What::CopyAround => self.some_copies(l, &mut dice, Some(&step.inner)),
             What::Swap => self.some_swaps(l, &mut dice),
-            What::Version => {
-                let now = self.model.doms[&l].version;
-                let version = if dice.percent(92) {
-                    3 - now
-                } else {
-                    dice.pick(&[0, 1, 2, 3, u32::MAX])
-                };
-                let manner = self.manner(l, &mut dice, 1);
-                self.set_version(l, manner, version);
-            }
+            What::Version => self.some_version(l, &mut dice),
             What::Setup => {
                 let (dom, max) = (self.some_target(l, &mut dice), 13);
                 let frames = u32::from(dice.small(max));
@@ -250,6 +245,21 @@ impl World {
             What::Create => {}
         }
         self.model.sweep();
+    }
+
+    /// Version 2 has more in it: a guest stays there longer, and fills its table at once.
+    fn some_version(&mut self, l: DomId, dice: &mut Dice) {
+        let now = self.model.doms[&l].version;
+        let version = match dice.below(100) {
+            0..8 => dice.pick(&[0, 1, 2, 3, u32::MAX]),
+            8..40 if now == 2 => 2,
+            _ => 3 - now,
+        };
+        let manner = self.manner(l, dice, 1);
+        self.set_version(l, manner, version);
+        if self.model.doms[&l].version == 2 && now == 1 {
+            (0..5).for_each(|_| self.some_entry(l, dice));
+        }
     }
 
     /// How a batch of so many items is made, for a caller whose 32-bit calls need no other page
@@ -317,6 +327,14 @@ impl World {
                     good.push((*id, gref));
                 }
             }
+        }
+        let used = |(id, gref): &(DomId, u32)| self.model.doms[id].active.contains_key(gref);
+        let in_use: Vec<_> = good.iter().copied().filter(used).collect();
+        if self.caller.is_some()
+            && dice.percent(60)
+            && let Some(grant) = dice.choose(&in_use)
+        {
+            return grant;
         }
         if dice.percent(90)
             && let Some(grant) = dice.choose(&good)
@@ -418,8 +436,8 @@ impl World {
                 let changed = flags & !3 | dice.pick(&[1, 3]);
                 self.write_frame(mfn, at, &changed.to_le_bytes());
             }
-            8 => self.write_frame(mfn, at, &(flags ^ 0x100).to_le_bytes()),
-            _ if dice.percent(30) => {
+            8 if dice.percent(50) => self.write_frame(mfn, at, &(flags ^ 0x100).to_le_bytes()),
+            _ if dice.percent(60) => {
                 let (mfn, at) = self.model.marks_at(d, gref);
                 let marks = (dice.u16() & 0x18) | flags & !0x18;
                 self.write_frame(mfn, at, &marks.to_le_bytes());
@@ -622,9 +640,20 @@ impl World {
         self.replace(l, manner, &items);
     }
 
+    /// Where a sub-page entry starts, and how long it is.
+    fn part_of(&self, d: DomId, gref: u32) -> Option<(u16, u16)> {
+        let dom = self.model.doms.get(&d)?;
+        if dom.version == 1 || gref >= dom.entries() || self.model.flags(d, gref) & 0x103 != 0x101 {
+            return None;
+        }
+        let (mfn, at) = self.model.entry_at(d, gref);
+        let half = |at| u16::try_from(self.model.read(mfn, at, 2)).unwrap();
+        Some((half(at + 4) & 0x7FFF, half(at + 6)))
+    }
+
     fn some_copies(&mut self, l: DomId, dice: &mut Dice, inner: Option<&Vec<Step>>) {
         let mut items: Vec<Copy> = Vec::new();
-        let whole = dice.percent(60);
+        let whole = dice.percent(80);
         for _ in 0..1 + dice.below(4) {
             if let Some(last) = items.last().copied()
                 && dice.percent(40)
@@ -635,12 +664,21 @@ impl World {
                 });
                 continue;
             }
-            let mut flags = CopyFlags::empty();
+            let (mut flags, mut part) = (CopyFlags::empty(), None);
             let mut side = |dice: &mut Dice, flag, grants| {
-                let offset = dice.pick(&[0, 0, 8, 100, 101, 120, 2000, 4000, 4095, 0xFFFF]);
+                let mut offset = dice.pick(&[0, 0, 8, 8, 100, 101, 120, 2000, 4000]);
+                if dice.percent(6) {
+                    offset = dice.pick(&[4095, 4096, 0xFFFF]);
+                }
                 if dice.percent(grants) {
                     flags |= flag;
                     let (dom, gref) = self.some_grant(l, dice, true);
+                    if let Some((start, length)) = self.part_of(dom, gref)
+                        && dice.percent(70)
+                    {
+                        offset = start.wrapping_add(dice.pick(&[0, 0, 0, 0, 1, u16::MAX]));
+                        part = Some(length);
+                    }
                     let dom = if dom == l && dice.percent(50) {
                         DomId::SELF
                     } else {
@@ -656,10 +694,10 @@ impl World {
             };
             let source = side(dice, CopyFlags::SOURCE_GREF, 70);
             let dest = side(dice, CopyFlags::DEST_GREF, 50);
-            let len = if whole {
-                dice.pick(&[1, 8, 16, 40])
-            } else {
-                dice.pick(&[0, 1, 50, 51, 96, 4096, 4097])
+            let len = match part {
+                Some(length) => dice.pick(&[length, length, length.wrapping_add(1), 1]),
+                None if whole => dice.pick(&[1, 8, 16, 40]),
+                None => dice.pick(&[0, 1, 50, 51, 96, 2000, 4096, 4097]),
             };
             items.push(Copy {
                 source,
@@ -708,11 +746,31 @@ impl World {
     }
 
     fn some_transfer(&mut self, l: DomId, dice: &mut Dice) {
+        if dice.percent(60) {
+            let receiver = dice.pick(&self.running());
+            let sender = if dice.percent(85) {
+                l
+            } else {
+                self.some_domain(dice)
+            };
+            let (mfn, at) = self.model.entry_at(receiver, self.some_ref(receiver, dice));
+            let gfn = (0x9008 + dice.next() % 4).to_le_bytes();
+            let to = if self.model.doms[&receiver].version == 2 {
+                8
+            } else {
+                4
+            };
+            self.write_frame(mfn, at + to, &gfn[..4]);
+            let [low, high] = sender.0.to_le_bytes();
+            self.write_frame(mfn, at, &[2, 0, low, high]);
+        }
+        let strangers = dice.percent(30);
         let mut slots = Vec::new();
         for id in self.model.doms.keys() {
             let refs = self.live_refs(*id).into_iter();
             let open = refs.filter(|gref| {
-                self.model.flags(*id, *gref) & 3 == 2 && self.model.entry_domid(*id, *gref) == l
+                let offered = self.model.entry_domid(*id, *gref) == l || strangers;
+                self.model.flags(*id, *gref) & 3 == 2 && offered
             });
             slots.extend(open.map(|gref| (*id, gref)));
         }

@@ -99,6 +99,15 @@ pub(crate) struct Manner {
     pub(crate) trouble: Trouble,
 }
 
+impl Manner {
+    const PLAIN: Manner = Manner {
+        vcpu: 1,
+        abi: Abi::X86_64,
+        yields: 0,
+        trouble: Trouble::None,
+    };
+}
+
 /// A hypercall as it came out.
 struct Called {
     result: Result<(), Errno>,
@@ -313,6 +322,8 @@ impl World {
         }
         (0..4).for_each(|_| self.add_page(id));
         // Something to begin with: a few grants, to each of the others and to itself.
+        self.set_version(id, Manner::PLAIN, limits.version);
+        let frame_at = if limits.version == 2 { 8 } else { 4 };
         for (gref, grantee) in [
             (0, 1u16),
             (1, 2),
@@ -323,12 +334,15 @@ impl World {
             (30, 3),
             (300, 1),
         ] {
+            if gref >= self.model.doms[&id].entries() {
+                continue;
+            }
             let (mfn, at) = self.model.entry_at(id, gref);
             let own = self.model.own_pages(id);
             let frame = own[gref as usize % own.len()].0.0.to_le_bytes();
             let grantee = 1 + (id.0 - 1 + grantee) % 3;
             let flags = if gref == 9 { 5 } else { 1 };
-            self.write_frame(mfn, at + 4, &frame[..4]);
+            self.write_frame(mfn, at + frame_at, &frame[..4]);
             self.write_frame(mfn, at, &[flags, 0, grantee.to_le_bytes()[0], 0]);
         }
     }
@@ -945,6 +959,12 @@ impl World {
         let answer = self.model.set_version(l, version, &now);
         self.model.sweep();
         self.note(format!("  -> {answer:?}"));
+        let status = if answer.is_ok() {
+            GrantStatus::OKAY
+        } else {
+            GrantStatus::GENERAL_ERROR
+        };
+        *self.seen.entry((Op::SetVersion, status)).or_default() += 1;
         self.table_frames.extend(now.status);
         item.version = self.model.doms[&l].version;
         let expected = Self::request(Op::SetVersion, request.size, &[item], encode).bytes;

@@ -1,0 +1,282 @@
+//! What the model and the stress test found, each in as few steps as it takes.
+
+#![cfg(feature = "machine")]
+
+/// Sequences of operations.
+#[cfg(test)]
+mod sequences {
+    use gnttab_abi::{DomId, EntryFlags, Gfn, GrantRef, GrantStatus, MapFlags};
+    use gnttab_engine::Version;
+    use gnttab_engine::machine::{C, G, P2mEntry, Page, PageOwner, Scene};
+
+    const RO: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
+
+    fn set_version(scene: &Scene, id: DomId, version: u32) {
+        let vcpu = scene.vcpu(id, 0);
+        assert_eq!(scene.processor().set_version(&vcpu, version), Ok(()));
+    }
+
+    /// IOM-5: a PV guest overwrites the page-table entry of a mapping, and the entry's reference goes;
+    /// its devices still reach the frame, which must stay.
+    #[test]
+    fn a_frame_that_devices_reach_is_not_freed() {
+        let scene = Scene::pv().caller_iommu().build();
+        assert_eq!(scene.map(scene.place(0), RO).status, GrantStatus::OKAY);
+        let mfn = scene.frame.mfn;
+        scene.domain(C).private().unmap(scene.place(0));
+        scene.domain(G).private().give_up(mfn);
+        assert!(scene.domain(C).private().iommu_right(mfn).is_some());
+        assert_eq!(scene.machine.frame(mfn).unwrap().owner, PageOwner::Domain(G));
+        assert_eq!(scene.audit(), []);
+        scene.kill(C);
+        assert_eq!(scene.machine.frame(mfn).unwrap().owner, PageOwner::Free);
+        assert_eq!(scene.audit(), []);
+    }
+
+    /// Spec 3.9 step 8: the status pages of a table that went back to version 1 are not its domain's.
+    #[test]
+    fn a_status_page_given_up_cannot_be_granted() {
+        let scene = Scene::pv().granter_v2().build();
+        let mfn = scene.domain(G).status_frame(0).unwrap().mfn();
+        let page = Page { gfn: Gfn(mfn.0), mfn };
+        set_version(&scene, G, 1);
+        scene.grant(G, Scene::GREF, C, page, EntryFlags::empty());
+        assert_eq!(scene.map(scene.place(0), RO).status, GrantStatus::BAD_PAGE);
+        set_version(&scene, G, 2);
+        let mfn = scene.domain(G).status_frame(0).unwrap().mfn();
+        let page = Page { gfn: Gfn(mfn.0), mfn };
+        scene.grant(G, Scene::GREF, C, page, EntryFlags::empty());
+        assert_eq!(scene.map(scene.place(0), RO).status, GrantStatus::OKAY);
+        assert_eq!(scene.audit(), []);
+    }
+
+    /// VER-3: the status pages of the next version 2 are new ones, and are mapped nowhere; least of all
+    /// over what the guest has put where the old ones were.
+    #[test]
+    fn a_new_status_page_is_mapped_nowhere() {
+        let scene = Scene::hvm().version(C, Version::V2).build();
+        let gfn = Gfn::containing(scene.place(0));
+        let domain = scene.domain(C);
+        let placed = scene
+            .processor()
+            .place_frame(&scene.vcpu(C, 0), DomId::SELF, 0x8000_0000, gfn);
+        assert_eq!(placed, Ok(()));
+        set_version(&scene, C, 1);
+        assert_eq!(domain.private().physmap(gfn), None, "V-22");
+        let mapped = scene.map(scene.place(0), RO);
+        assert_eq!(mapped.status, GrantStatus::OKAY);
+        set_version(&scene, C, 2);
+        let grant = P2mEntry::Grant(scene.frame.mfn, gnttab_engine::Access::Read);
+        assert_eq!(domain.private().physmap(gfn), Some(grant));
+        assert_eq!(scene.unmap(scene.place(0), mapped.handle), GrantStatus::OKAY);
+        assert_eq!(scene.audit(), []);
+    }
+
+    /// M-79: what a copy holds as a part of a page cannot be mapped, whatever the entry says by now.
+    #[test]
+    fn a_part_in_use_cannot_be_mapped() {
+        use gnttab_abi::{Copy, CopyFlags, CopyPtr, EntryBodyV2, EntryHead, EntryV2};
+        use gnttab_engine::Hook;
+        use std::sync::Arc;
+
+        let builder = Scene::pv().granter_v2().limits(C, |limits| limits.vcpus = 2);
+        let scene = Arc::new(builder.build());
+        scene.machine.hooks().set_relax(std::thread::yield_now);
+        let flags = EntryFlags::PERMIT_ACCESS | EntryFlags::SUB_PAGE;
+        let body = EntryBodyV2::SubPage {
+            page_off: 0,
+            length: 8,
+            frame: scene.frame.gfn.0,
+        };
+        scene.set_v2(G, Scene::GREF, EntryV2::new(EntryHead { flags, domid: C }, body));
+        let parked = scene.machine.hooks().park(Hook::CopyMapped);
+        let inside = Arc::clone(&scene);
+        let copier = std::thread::spawn(move || {
+            let source = CopyPtr::grant(G, Scene::GREF, 0);
+            let dest = CopyPtr::frame(inside.local[0].gfn.0, 0);
+            let flags = CopyFlags::SOURCE_GREF;
+            let mut items = [Copy {
+                source,
+                dest,
+                len: 8,
+                flags,
+                ..Copy::default()
+            }];
+            inside.processor().copy(&inside.vcpu(C, 1), &mut items);
+            items[0].status
+        });
+        parked.wait();
+        scene.grant(G, Scene::GREF, C, scene.frame, EntryFlags::empty());
+        assert_eq!(scene.map(scene.place(0), RO).status, GrantStatus::GENERAL_ERROR);
+        parked.release();
+        assert_eq!(copier.join().unwrap(), GrantStatus::OKAY);
+        assert_eq!(scene.map(scene.place(0), RO).status, GrantStatus::OKAY);
+        assert_eq!(
+            scene.entry(G, GrantRef(5)).flags(),
+            EntryFlags::PERMIT_ACCESS | EntryFlags::READING
+        );
+        assert_eq!(scene.audit(), []);
+    }
+}
+
+/// Interleavings of two or three actors, each forced by stopping one of them.
+#[cfg(test)]
+mod interleavings {
+    use std::sync::{Arc, Mutex};
+    use std::thread::{self, JoinHandle};
+
+    use gnttab_abi::{
+        Copy, CopyFlags, CopyPtr, DomId, EntryBodyV2, EntryFlags, EntryHead, EntryV2, GrantRef, GrantStatus,
+    };
+    use gnttab_engine::machine::{
+        Answer, Between, C, G, Machine, Parked, Request, Scene, SceneBuilder, T, Verdict, Watch,
+    };
+    use gnttab_engine::{Hook, Retired, Version};
+
+    /// What to wait for, and what to do then.
+    type Wait = (fn(&Request) -> bool, Box<dyn FnOnce() + Send>);
+
+    /// Does something just before the first request that it waits for.
+    #[derive(Default)]
+    struct Before(Mutex<Option<Wait>>);
+
+    impl Before {
+        fn first(&self, which: fn(&Request) -> bool, action: impl FnOnce() + Send + 'static) {
+            *self.0.lock().unwrap() = Some((which, Box::new(action)));
+        }
+    }
+
+    impl Watch for Before {
+        fn before(&self, request: &Request) -> Verdict {
+            let mut waiting = self.0.lock().unwrap();
+            if let Some((_, action)) = waiting.take_if(|(which, _)| which(request)) {
+                drop(waiting);
+                action();
+            }
+            Verdict::Proceed
+        }
+        fn after(&self, _: &Request, _: &Answer) {}
+    }
+
+    type Watched = Scene<Between<Machine, Before>>;
+
+    fn scene(builder: SceneBuilder) -> Arc<Watched> {
+        let builder = builder.limits(C, |limits| limits.vcpus = 2);
+        let scene = builder.build_on(|machine| Between::new(machine, Before::default()));
+        scene.machine.hooks().set_relax(thread::yield_now);
+        Arc::new(scene)
+    }
+
+    /// C copies, as its vCPU `vcpu`.
+    fn copy(scene: &Watched, vcpu: usize, source: CopyPtr, dest: CopyPtr, flags: CopyFlags) -> GrantStatus {
+        let mut items = [Copy {
+            source,
+            dest,
+            len: 8,
+            flags,
+            ..Copy::default()
+        }];
+        scene.processor().copy(&scene.vcpu(C, vcpu), &mut items);
+        items[0].status
+    }
+
+    /// C copies from or to G's entry 5.
+    fn copy_grant(scene: &Watched, vcpu: usize, write: bool) -> GrantStatus {
+        let granted = CopyPtr::grant(G, Scene::GREF, 0);
+        let own = CopyPtr::frame(scene.local[0].gfn.0, 0);
+        if write {
+            copy(scene, vcpu, own, granted, CopyFlags::DEST_GREF)
+        } else {
+            copy(scene, vcpu, granted, own, CopyFlags::SOURCE_GREF)
+        }
+    }
+
+    /// A copy by vCPU 0 of C, stopped while it holds both its pages.
+    fn copy_in_flight(scene: &Arc<Watched>, write: bool) -> (Parked, JoinHandle<GrantStatus>) {
+        let parked = scene.machine.hooks().park(Hook::CopyMapped);
+        let inside = Arc::clone(scene);
+        let copier = thread::spawn(move || copy_grant(&inside, 0, write));
+        parked.wait();
+        (parked, copier)
+    }
+
+    /// G's entry 5 passes T's entry 9 on to C.
+    fn pass_on(scene: &Watched, flags: EntryFlags) {
+        scene.grant(T, GrantRef(9), G, scene.far, EntryFlags::empty());
+        let head = EntryHead {
+            flags: EntryFlags::TRANSITIVE | flags,
+            domid: C,
+        };
+        let body = EntryBodyV2::Transitive {
+            trans_domid: T,
+            gref: GrantRef(9),
+        };
+        scene.set_v2(G, Scene::GREF, EntryV2::new(head, body));
+    }
+
+    fn is_there(scene: &Watched, id: DomId) -> bool {
+        scene.engine.domain(id).is_some()
+    }
+
+    /// The far granter of a copy went while the copy still held its frame.
+    #[test]
+    fn a_far_granter_stays_until_its_frame_is_let_go() {
+        let scene = scene(Scene::pv().granter_v2());
+        pass_on(&scene, EntryFlags::empty());
+        let (parked, copier) = copy_in_flight(&scene, false);
+        assert_eq!(scene.kill(T), Retired::Held);
+        assert!(scene.machine.frame(scene.far.mfn).unwrap().references > 0);
+        parked.release();
+        assert_eq!(copier.join().unwrap(), GrantStatus::OKAY);
+        assert!(!is_there(&scene, T));
+        assert_eq!(scene.audit(), []);
+    }
+
+    /// An entry was made an ordinary one while a transitive use of it was in flight; a second copy then
+    /// took the count of uses that depend on version 2 with it, and the table could never go back.
+    #[test]
+    fn rewriting_a_transitive_entry_in_use_does_not_pin_the_version() {
+        let scene = scene(Scene::pv().granter_v2());
+        pass_on(&scene, EntryFlags::empty());
+        let (parked, copier) = copy_in_flight(&scene, false);
+        scene.grant(G, Scene::GREF, C, scene.frame, EntryFlags::empty());
+        let parked = Arc::new(Mutex::new(Some((parked, copier))));
+        let finish = {
+            let parked = Arc::clone(&parked);
+            move || {
+                if let Some((parked, copier)) = parked.lock().unwrap().take() {
+                    parked.release();
+                    assert_eq!(copier.join().unwrap(), GrantStatus::OKAY);
+                }
+            }
+        };
+        let watch = scene.engine.hypervisor().watch();
+        watch.first(|request| matches!(request, Request::GetFrame(_)), finish.clone());
+        // Spec 5.4 step 5: the frame in use is not G's.
+        assert_eq!(copy_grant(&scene, 1, false), GrantStatus::BAD_DOMAIN);
+        finish();
+        let mut cpu = scene.processor();
+        assert_eq!(cpu.set_version(&scene.vcpu(G, 0), 1), Ok(()));
+        assert_eq!(scene.domain(G).version(), Version::V1);
+        drop(cpu);
+        assert_eq!(scene.audit(), []);
+    }
+
+    /// Spec 5.4 step 7a: an entry that is pinned for writing already is not looked at again, so that a
+    /// granter who makes it read-only does not stop a further copy to it.
+    #[test]
+    fn a_transitive_entry_in_use_for_writing_takes_one_more() {
+        let scene = scene(Scene::pv().granter_v2());
+        pass_on(&scene, EntryFlags::empty());
+        let (parked, copier) = copy_in_flight(&scene, true);
+        pass_on(&scene, EntryFlags::READONLY);
+        assert_eq!(copy_grant(&scene, 1, true), GrantStatus::OKAY);
+        assert!(scene.flags(G, Scene::GREF).contains(EntryFlags::IN_USE), "PIN-2");
+        parked.release();
+        assert_eq!(copier.join().unwrap(), GrantStatus::OKAY);
+        let marks = scene.flags(G, Scene::GREF) & EntryFlags::IN_USE;
+        assert_eq!(marks, EntryFlags::empty());
+        assert_eq!(copy_grant(&scene, 1, true), GrantStatus::GENERAL_ERROR);
+        assert_eq!(scene.audit(), []);
+    }
+}
