@@ -6,12 +6,14 @@
 //! AUD-IOM, AUD-MEM and AUD-BUF of `advisories.md` 0.4 (AUD-FLG is in the bytes).
 //!
 //! `GNTTAB_MODEL_CASES` says how many sequences (150), `GNTTAB_MODEL_SEED` which (0). A failure is
-//! made as short as it will go and told in words.
+//! made as short as it will go, in `GNTTAB_MODEL_SHRINK` tries (20,000), and told in words. The
+//! fuzzer in `fuzz/` takes the same steps by choices of its own.
 
 #![cfg(feature = "machine")]
 
 mod spec;
 mod step;
+mod strategy;
 mod world;
 
 use std::cell::RefCell;
@@ -82,7 +84,7 @@ mod tests {
         let seed = setting("GNTTAB_MODEL_SEED", 0);
         let config = Config {
             cases: setting("GNTTAB_MODEL_CASES", 150),
-            max_shrink_iters: 20_000,
+            max_shrink_iters: setting("GNTTAB_MODEL_SHRINK", 20_000),
             failure_persistence: None,
             ..Config::default()
         };
@@ -91,7 +93,7 @@ mod tests {
         let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed_bytes);
         let mut runner = TestRunner::new_with_rng(config, rng);
         let seen = RefCell::new(Seen::new());
-        let done = runner.run(&(step::scene(), step::steps(80)), |(limits, steps)| {
+        let done = runner.run(&(strategy::scene(), strategy::steps(80)), |(limits, steps)| {
             run(&limits, &steps, &mut seen.borrow_mut())
         });
         let _ = panic::take_hook();

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use gnttab_abi::{
-    Copy, CopyFlags, CopyPtr, DomId, Errno, Gfn, GrantStatus, MapFlags, MapGrantRef, Mfn, SwapGrantRef,
+    Abi, Copy, CopyFlags, CopyPtr, DomId, Errno, Gfn, GrantStatus, MapFlags, MapGrantRef, Mfn, SwapGrantRef,
     Transfer,
 };
 use gnttab_engine::DomainKind;
@@ -410,6 +410,35 @@ impl Model {
         p2m.iter()
             .find(|(_, entry)| **entry == P2m::Ram(mfn))
             .map(|(gfn, _)| *gfn)
+    }
+
+    /// Spec 3.1.1, and what each operation says of its count, for arguments that cannot be read.
+    pub(crate) fn door(&self, l: DomId, abi: Abi, command: u32, count: u32) -> Result<(), Errno> {
+        let kind = self.doms[&l].kind;
+        let is_negative = count >> 31 != 0;
+        let (number, opaque) = (command & 0xFFF, command & !0xFFF);
+        if kind == DomainKind::Hvm && ![0, 1, 2, 5, 6, 8, 10, 11].contains(&command) {
+            return Err(Errno::NoSys);
+        }
+        if abi == Abi::X86_32 && [2, 4, 5, 9].contains(&command) {
+            return match count {
+                _ if is_negative => Err(Errno::Inval),
+                0 => Ok(()),
+                2.. if command == 2 || command == 9 => Err(Errno::Inval),
+                _ => Err(Errno::Fault),
+            };
+        }
+        if is_negative || number != 12 && opaque != 0 {
+            return Err(Errno::Inval);
+        }
+        match number {
+            12 if kind != DomainKind::Arm => Err(Errno::NoSys),
+            13.. => Err(Errno::NoSys),
+            4 if kind != DomainKind::Pv => Err(Errno::OpNotSupp),
+            2 | 3 | 6 | 9 if count != 1 => Err(Errno::Inval),
+            0 | 1 | 4 | 5 | 7 | 11 | 12 if count == 0 => Ok(()),
+            _ => Err(Errno::Fault),
+        }
     }
 
     /// Spec 4.2.

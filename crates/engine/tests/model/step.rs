@@ -1,18 +1,17 @@
 //! Random steps, mostly sensible ones.
 //!
-//! A step is a kind and a seed. What the seed means is decided when the step is taken, with the
+//! A step is a kind and some choices. What these mean is decided when the step is taken, with the
 //! model at hand: which grants there are, what is mapped where. So most steps do something, and a
-//! sequence stays sensible when proptest takes steps out of it.
+//! sequence stays sensible when proptest takes steps out of it, or a fuzzer puts some in.
 
 use gnttab_abi::{
-    Abi, Copy, CopyFlags, CopyPtr, DomId, Gfn, GrantHandle, GrantRef, GrantStatus, MapFlags, MapGrantRef,
-    Mfn, SwapGrantRef, Transfer, UnmapAndReplace, UnmapGrantRef,
+    Abi, Copy, CopyFlags, CopyPtr, DomId, EncodeError, Gfn, GrantHandle, GrantRef, GrantStatus, MapFlags,
+    MapGrantRef, Mfn, SwapGrantRef, Transfer, Truncated, UnmapAndReplace, UnmapGrantRef,
 };
 use gnttab_engine::DomainKind;
-use proptest::prelude::*;
 
-use crate::spec::{LINEAR, Limits, P2m};
-use crate::world::{Manner, REFS, Trouble, World};
+use super::spec::{LINEAR, P2m};
+use super::world::{Manner, REFS, Trouble, World};
 
 /// A number of a domain that never is.
 const NOBODY: DomId = DomId(9);
@@ -43,6 +42,8 @@ pub(crate) enum What {
     Setup,
     StatusFrames,
     Query,
+    /// Any command and count at all, with arguments that cannot be read.
+    Door,
     Transfer,
     Place,
     Touch,
@@ -55,96 +56,53 @@ pub(crate) enum What {
 #[derive(Clone, Debug)]
 pub(crate) struct Step {
     pub(crate) what: What,
-    pub(crate) seed: u64,
+    pub(crate) choices: Vec<u8>,
     /// For the steps that have something between their halves.
     pub(crate) inner: Vec<Step>,
 }
 
-fn plain() -> impl Strategy<Value = What> {
-    use What::*;
-    prop_oneof![
-        18 => Just(Entry),
-        9 => Just(Twist),
-        20 => Just(Map),
-        1 => Just(Flood),
-        14 => Just(Unmap),
-        4 => Just(Replace),
-        18 => Just(Copy),
-        3 => Just(Swap),
-        4 => Just(Version),
-        2 => Just(Setup),
-        1 => Just(StatusFrames),
-        1 => Just(Query),
-        3 => Just(Transfer),
-        3 => Just(Place),
-        4 => Just(Touch),
-        3 => Just(OwnMap),
-        3 => Just(Page),
-        1 => Just(Kill),
-        2 => Just(Create),
-    ]
+/// Decides by a step's choices, and when these are used up by SplitMix64 over them.
+struct Dice<'a> {
+    choices: &'a [u8],
+    state: u64,
 }
 
-pub(crate) fn steps(most: usize) -> impl Strategy<Value = Vec<Step>> {
-    let plain_step = || {
-        (plain(), any::<u64>()).prop_map(|(what, seed)| Step {
-            what,
-            seed,
-            inner: Vec::new(),
-        })
-    };
-    let around = prop_oneof![Just(What::UnmapAround), Just(What::CopyAround)];
-    let around = (
-        around,
-        any::<u64>(),
-        proptest::collection::vec(plain_step(), 1..4),
-    )
-        .prop_map(|(what, seed, inner)| Step { what, seed, inner });
-    let step = prop_oneof![5 => plain_step(), 1 => around];
-    proptest::collection::vec(step, 1..most)
-}
+impl Dice<'_> {
+    fn of(choices: &[u8]) -> Dice<'_> {
+        // FNV-1a.
+        let state = choices.iter().fold(0xCBF2_9CE4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01B3)
+        });
+        Dice { choices, state }
+    }
 
-/// The domains of a scene: x86 of both kinds, or Arm.
-pub(crate) fn scene() -> impl Strategy<Value = Vec<Limits>> {
-    let x86 = || prop_oneof![3 => Just(DomainKind::Pv), 2 => Just(DomainKind::Hvm)];
-    let kinds = prop_oneof![5 => [x86(), x86(), x86()], 1 => Just([DomainKind::Arm; 3])];
-    let version = || prop_oneof![5 => Just(2u32), 1 => Just(1)];
-    let handles = || prop_oneof![1 => Just(0u32), 6 => Just(1), 3 => Just(2)];
-    let rest = || (version(), 1u32..12, handles(), any::<bool>(), 0u32..3);
-    (kinds, [rest(), rest(), rest()]).prop_map(|(kinds, rest)| {
-        let pairs = kinds.into_iter().zip(rest);
-        let limits = pairs.map(
-            |(kind, (max_version, max_frames, maptrack_frames, iommu, first))| Limits {
-                kind,
-                max_version,
-                version: if first == 0 { 1 } else { max_version },
-                max_frames,
-                maptrack_frames,
-                iommu: iommu && kind == DomainKind::Pv,
-            },
-        );
-        limits.collect()
-    })
-}
-
-/// SplitMix64 over a step's seed.
-struct Dice(u64);
-
-impl Dice {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
+    /// A number of so many bytes at least.
+    fn number(&mut self, bytes: usize) -> u64 {
+        if let Some((chosen, rest)) = self.choices.split_at_checked(bytes) {
+            self.choices = rest;
+            return chosen
+                .iter()
+                .rev()
+                .fold(0, |number, byte| number << 8 | u64::from(*byte));
+        }
+        self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
     }
 
+    fn next(&mut self) -> u64 {
+        self.number(8)
+    }
+
     fn below(&mut self, n: usize) -> usize {
-        usize::try_from(self.next() % n as u64).unwrap()
+        let bytes = if n <= 256 { 1 } else { 2 };
+        usize::try_from(self.number(bytes) % n as u64).unwrap()
     }
 
     fn u16(&mut self) -> u16 {
-        let [a, b, ..] = self.next().to_le_bytes();
+        let [a, b, ..] = self.number(2).to_le_bytes();
         u16::from_le_bytes([a, b])
     }
 
@@ -164,6 +122,27 @@ impl Dice {
         from[self.below(from.len())].clone()
     }
 
+    /// Now and then some bits of an item are anything at all, as a hostile guest has them.
+    fn garble<T>(
+        &mut self,
+        abi: Abi,
+        items: &mut [T],
+        encode: impl Fn(&T, Abi, &mut [u8]) -> Result<(), EncodeError>,
+        decode: impl Fn(Abi, &[u8]) -> Result<T, Truncated>,
+    ) {
+        if items.is_empty() || !self.percent(4) {
+            return;
+        }
+        let item = self.below(items.len());
+        let mut bytes = [0; 40];
+        encode(&items[item], abi, &mut bytes).unwrap();
+        for _ in 0..1 + self.below(3) {
+            let at = self.below(bytes.len());
+            bytes[at] ^= self.number(1).to_le_bytes()[0];
+        }
+        items[item] = decode(abi, &bytes).unwrap();
+    }
+
     /// One of several, if there is any.
     fn choose<T: Clone>(&mut self, from: &[T]) -> Option<T> {
         if from.is_empty() {
@@ -176,7 +155,7 @@ impl Dice {
 
 impl World {
     pub(crate) fn take(&mut self, step: &Step) {
-        let mut dice = Dice(step.seed);
+        let mut dice = Dice::of(&step.choices);
         if step.what == What::Create {
             let id = DomId(1 + dice.small(3));
             if !self.model.doms.contains_key(&id) {
@@ -221,6 +200,7 @@ impl World {
                     self.get_version(l, manner, dom);
                 }
             }
+            What::Door => self.some_door(l, &mut dice),
             What::Transfer => self.some_transfer(l, &mut dice),
             What::Place => {
                 let dom = self.some_target(l, &mut dice);
@@ -248,7 +228,7 @@ impl World {
     }
 
     /// Version 2 has more in it: a guest stays there longer, and fills its table at once.
-    fn some_version(&mut self, l: DomId, dice: &mut Dice) {
+    fn some_version(&mut self, l: DomId, dice: &mut Dice<'_>) {
         let now = self.model.doms[&l].version;
         let version = match dice.below(100) {
             0..8 => dice.pick(&[0, 1, 2, 3, u32::MAX]),
@@ -262,13 +242,33 @@ impl World {
         }
     }
 
-    /// How a batch of so many items is made, for a caller whose 32-bit calls need no other page
-    /// tables.
-    fn manner(&self, l: DomId, dice: &mut Dice, items: usize) -> Manner {
-        let narrow = self.model.doms[&l].kind == DomainKind::Hvm && dice.percent(25);
+    fn some_abi(&self, l: DomId, dice: &mut Dice<'_>) -> Abi {
+        match self.model.doms[&l].kind {
+            DomainKind::Arm => Abi::Arm,
+            DomainKind::Hvm | DomainKind::Pv if dice.percent(25) => Abi::X86_32,
+            DomainKind::Hvm | DomainKind::Pv => Abi::X86_64,
+        }
+    }
+
+    fn some_door(&mut self, l: DomId, dice: &mut Dice<'_>) {
+        let number = match dice.below(8) {
+            0 => dice.u32(),
+            1 => 13,
+            _ => u32::from(dice.small(13)),
+        };
+        let opaque = if dice.percent(20) { dice.u32() & !0xFFF } else { 0 };
+        let counts = [0, 0, 1, 2, 5, u32::MAX >> 1, 1 << 31, u32::MAX];
+        let (count, abi) = (dice.pick(&counts), self.some_abi(l, dice));
+        self.door(l, abi, number | opaque, count);
+    }
+
+    /// How a batch of so many items is made.
+    fn manner(&self, l: DomId, dice: &mut Dice<'_>, items: usize) -> Manner {
+        let abi = self.some_abi(l, dice);
+        let narrow = abi == Abi::X86_32;
         let mut manner = Manner {
             vcpu: self.free_vcpu(),
-            abi: if narrow { Abi::X86_32 } else { Abi::X86_64 },
+            abi,
             yields: 0,
             trouble: Trouble::None,
         };
@@ -282,7 +282,7 @@ impl World {
         manner
     }
 
-    fn some_domain(&self, dice: &mut Dice) -> DomId {
+    fn some_domain(&self, dice: &mut Dice<'_>) -> DomId {
         let all: Vec<DomId> = self.model.doms.keys().copied().collect();
         match dice.below(100) {
             0 => NOBODY,
@@ -291,7 +291,7 @@ impl World {
         }
     }
 
-    fn some_target(&self, l: DomId, dice: &mut Dice) -> DomId {
+    fn some_target(&self, l: DomId, dice: &mut Dice<'_>) -> DomId {
         if dice.percent(60) {
             dice.pick(&[DomId::SELF, l])
         } else {
@@ -300,7 +300,7 @@ impl World {
     }
 
     /// A reference that the table of `d` has.
-    fn some_ref(&self, d: DomId, dice: &mut Dice) -> u32 {
+    fn some_ref(&self, d: DomId, dice: &mut Dice<'_>) -> u32 {
         let entries = self.model.doms[&d].entries();
         let refs: Vec<u32> = REFS.into_iter().filter(|gref| *gref < entries).collect();
         dice.pick(&refs)
@@ -316,7 +316,7 @@ impl World {
     }
 
     /// A grant for `l`, mostly one that can work. `copy`: transitive ones too.
-    fn some_grant(&self, l: DomId, dice: &mut Dice, copy: bool) -> (DomId, u32) {
+    fn some_grant(&self, l: DomId, dice: &mut Dice<'_>, copy: bool) -> (DomId, u32) {
         let mut good = Vec::new();
         for (id, dom) in &self.model.doms {
             for gref in self.live_refs(*id) {
@@ -345,7 +345,7 @@ impl World {
     }
 
     /// What a domain may put into an entry as a frame, mostly a page of its own.
-    fn some_frame(&self, d: DomId, dice: &mut Dice) -> Gfn {
+    fn some_frame(&self, d: DomId, dice: &mut Dice<'_>) -> Gfn {
         let dom = &self.model.doms[&d];
         let own = self.model.own_pages(d);
         let special: Vec<Gfn> = if dom.kind == DomainKind::Pv {
@@ -366,7 +366,7 @@ impl World {
         }
     }
 
-    fn some_entry(&mut self, d: DomId, dice: &mut Dice) {
+    fn some_entry(&mut self, d: DomId, dice: &mut Dice<'_>) {
         let gref = self.some_ref(d, dice);
         let (mfn, at) = self.model.entry_at(d, gref);
         let mut flags = dice.pick(&[1, 1, 1, 1, 1, 1, 5, 5, 2, 0]);
@@ -410,7 +410,7 @@ impl World {
         }
     }
 
-    fn twist(&mut self, d: DomId, dice: &mut Dice) {
+    fn twist(&mut self, d: DomId, dice: &mut Dice<'_>) {
         let Some(gref) = dice.choose(&self.live_refs(d)) else {
             return;
         };
@@ -451,7 +451,7 @@ impl World {
     }
 
     /// An address where nothing is mapped yet, mostly.
-    fn some_place(&self, l: DomId, dice: &mut Dice, number: usize) -> u64 {
+    fn some_place(&self, l: DomId, dice: &mut Dice<'_>, number: usize) -> u64 {
         let dom = &self.model.doms[&l];
         let pv = dom.kind == DomainKind::Pv;
         let base = if pv { LINEAR } else { GRANT_GFNS * 4096 };
@@ -478,7 +478,7 @@ impl World {
         }
     }
 
-    fn some_map(&self, l: DomId, dice: &mut Dice, number: usize) -> MapGrantRef {
+    fn some_map(&self, l: DomId, dice: &mut Dice<'_>, number: usize) -> MapGrantRef {
         let dom = &self.model.doms[&l];
         let (granter, gref) = self.some_grant(l, dice, false);
         let mut flags = MapFlags::HOST_MAP;
@@ -516,16 +516,17 @@ impl World {
         }
     }
 
-    fn some_maps(&mut self, l: DomId, dice: &mut Dice) {
-        let items: Vec<_> = (0..1 + dice.below(4))
+    fn some_maps(&mut self, l: DomId, dice: &mut Dice<'_>) {
+        let mut items: Vec<_> = (0..1 + dice.below(4))
             .map(|number| self.some_map(l, dice, number))
             .collect();
         let manner = self.manner(l, dice, items.len());
+        dice.garble(manner.abi, &mut items, MapGrantRef::encode, MapGrantRef::decode);
         self.map(l, manner, &items);
     }
 
     /// Spec 2.3: 128 uses of a kind; spec 2.5: 255 handles a page.
-    fn flood(&mut self, l: DomId, dice: &mut Dice) {
+    fn flood(&mut self, l: DomId, dice: &mut Dice<'_>) {
         let mut item = self.some_map(l, dice, 0);
         let pv = self.model.doms[&l].kind == DomainKind::Pv;
         item.flags = if pv && dice.percent(40) {
@@ -549,7 +550,7 @@ impl World {
         self.map(l, manner, if taken { &items[..2] } else { &items });
     }
 
-    fn some_handles(&self, l: DomId, dice: &mut Dice) -> Vec<u32> {
+    fn some_handles(&self, l: DomId, dice: &mut Dice<'_>) -> Vec<u32> {
         let mut live: Vec<u32> = self.model.doms[&l].maptrack.keys().copied().collect();
         let many = live.len() > 60 || dice.percent(10);
         let mut handles = Vec::new();
@@ -568,7 +569,7 @@ impl World {
         handles
     }
 
-    fn some_unmaps(&mut self, l: DomId, dice: &mut Dice, inner: Option<&Vec<Step>>) {
+    fn some_unmaps(&mut self, l: DomId, dice: &mut Dice<'_>, inner: Option<&Vec<Step>>) {
         let mut items = Vec::new();
         for handle in self.some_handles(l, dice) {
             let (addr, bus) = self
@@ -593,6 +594,12 @@ impl World {
             items.push(item);
         }
         let mut manner = self.manner(l, dice, items.len());
+        dice.garble(
+            manner.abi,
+            &mut items,
+            UnmapGrantRef::encode,
+            UnmapGrantRef::decode,
+        );
         if let Some(inner) = inner {
             (manner.yields, manner.trouble) = (0, Trouble::None);
             self.during(l, inner, |world, meanwhile| {
@@ -620,7 +627,7 @@ impl World {
         self.caller = None;
     }
 
-    fn some_replaces(&mut self, l: DomId, dice: &mut Dice) {
+    fn some_replaces(&mut self, l: DomId, dice: &mut Dice<'_>) {
         let mut items = Vec::new();
         for handle in self.some_handles(l, dice).into_iter().take(4) {
             let (addr, _) = self.mapped_at.get(&(l, handle)).copied().unwrap_or((LINEAR, 0));
@@ -637,6 +644,12 @@ impl World {
             });
         }
         let manner = self.manner(l, dice, items.len());
+        dice.garble(
+            manner.abi,
+            &mut items,
+            UnmapAndReplace::encode,
+            UnmapAndReplace::decode,
+        );
         self.replace(l, manner, &items);
     }
 
@@ -651,7 +664,7 @@ impl World {
         Some((half(at + 4) & 0x7FFF, half(at + 6)))
     }
 
-    fn some_copies(&mut self, l: DomId, dice: &mut Dice, inner: Option<&Vec<Step>>) {
+    fn some_copies(&mut self, l: DomId, dice: &mut Dice<'_>, inner: Option<&Vec<Step>>) {
         let mut items: Vec<Copy> = Vec::new();
         let whole = dice.percent(80);
         for _ in 0..1 + dice.below(4) {
@@ -665,7 +678,7 @@ impl World {
                 continue;
             }
             let (mut flags, mut part) = (CopyFlags::empty(), None);
-            let mut side = |dice: &mut Dice, flag, grants| {
+            let mut side = |dice: &mut Dice<'_>, flag, grants| {
                 let mut offset = dice.pick(&[0, 0, 8, 8, 100, 101, 120, 2000, 4000]);
                 if dice.percent(6) {
                     offset = dice.pick(&[4095, 4096, 0xFFFF]);
@@ -716,6 +729,7 @@ impl World {
                 side.u &= u64::from(u32::MAX);
             }
         }
+        dice.garble(manner.abi, &mut items, Copy::encode, Copy::decode);
         if let Some(inner) = inner {
             (manner.yields, manner.trouble) = (0, Trouble::None);
             self.during(l, inner, |world, meanwhile| {
@@ -726,15 +740,15 @@ impl World {
         }
     }
 
-    fn some_swaps(&mut self, l: DomId, dice: &mut Dice) {
-        let some = |dice: &mut Dice| {
+    fn some_swaps(&mut self, l: DomId, dice: &mut Dice<'_>) {
+        let some = |dice: &mut Dice<'_>| {
             GrantRef(if dice.percent(95) {
                 self.some_ref(l, dice)
             } else {
                 dice.pick(&[512, u32::MAX])
             })
         };
-        let items: Vec<_> = (0..1 + dice.below(3))
+        let mut items: Vec<_> = (0..1 + dice.below(3))
             .map(|_| SwapGrantRef {
                 ref_a: some(dice),
                 ref_b: some(dice),
@@ -742,10 +756,11 @@ impl World {
             })
             .collect();
         let manner = self.manner(l, dice, items.len());
+        dice.garble(manner.abi, &mut items, SwapGrantRef::encode, SwapGrantRef::decode);
         self.swap(l, manner, &items);
     }
 
-    fn some_transfer(&mut self, l: DomId, dice: &mut Dice) {
+    fn some_transfer(&mut self, l: DomId, dice: &mut Dice<'_>) {
         if dice.percent(60) {
             let receiver = dice.pick(&self.running());
             let sender = if dice.percent(85) {
@@ -789,19 +804,18 @@ impl World {
         if manner.abi == Abi::X86_32 {
             mfn &= u64::from(u32::MAX);
         }
-        self.transfer(
-            l,
-            manner,
-            Transfer {
-                mfn,
-                domid,
-                gref: GrantRef(gref),
-                status: GrantStatus(7),
-            },
-        );
+        let mut items = [Transfer {
+            mfn,
+            domid,
+            gref: GrantRef(gref),
+            status: GrantStatus(7),
+        }];
+        dice.garble(manner.abi, &mut items, Transfer::encode, Transfer::decode);
+        let [item] = items;
+        self.transfer(l, manner, item);
     }
 
-    fn some_touch(&mut self, l: DomId, dice: &mut Dice) {
+    fn some_touch(&mut self, l: DomId, dice: &mut Dice<'_>) {
         let dom = &self.model.doms[&l];
         let page = if dom.kind == DomainKind::Pv {
             LINEAR / 4096 + dice.below(PLACES) as u64
@@ -816,7 +830,7 @@ impl World {
         self.touch(l, addr, &bytes);
     }
 
-    fn some_own_map(&mut self, l: DomId, dice: &mut Dice) {
+    fn some_own_map(&mut self, l: DomId, dice: &mut Dice<'_>) {
         let dom = &self.model.doms[&l];
         let Some(l1) = dom.l1 else { return };
         let own: Vec<Mfn> = self
@@ -832,7 +846,7 @@ impl World {
         self.own_map(l, addr, page, writable);
     }
 
-    fn some_paging(&mut self, l: DomId, dice: &mut Dice) {
+    fn some_paging(&mut self, l: DomId, dice: &mut Dice<'_>) {
         let dom = &self.model.doms[&l];
         let out: Vec<Gfn> = dom
             .p2m

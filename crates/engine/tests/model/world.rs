@@ -17,7 +17,7 @@ use gnttab_engine::{
     Version,
 };
 
-use crate::spec::{self, Kept, LINEAR, Limits, Model, P2m, TableFrames, UnmapRequest};
+use super::spec::{self, Kept, LINEAR, Limits, Model, P2m, TableFrames, UnmapRequest};
 
 /// References that scenes use.
 pub(crate) const REFS: [u32; 14] = [0, 1, 2, 5, 7, 8, 9, 30, 255, 256, 300, 511, 600, 1100];
@@ -474,6 +474,27 @@ impl World {
     }
 
     // --- hypercalls ------------------------------------------------------------------------------
+
+    /// A call that may come as far as its arguments, which cannot be read.
+    pub(crate) fn door(&mut self, l: DomId, abi: Abi, command: u32, count: u32) {
+        let args = Args {
+            bytes: Mutex::default(),
+            unreadable: 0..0,
+            unwritable: 0..0,
+        };
+        let vcpu = Vcpu::take(&self.there(l), self.free_vcpu()).expect("the vCPU is free");
+        let mut cpu = self.engine.any_processor().expect("a processor is free");
+        let call = Call {
+            command: Command(command),
+            addr: ARGS,
+            count,
+        };
+        let outcome = cpu.hypercall(&vcpu, abi, call, &args, &mut || false);
+        drop((cpu, vcpu));
+        let answer = self.model.door(l, abi, command, count);
+        self.note(format!("{l} calls {command:#x} {count}, {abi:?} -> {answer:?}"));
+        same("the door's answer", outcome, Outcome::Done(answer));
+    }
 
     fn request<T>(op: Op, size: usize, items: &[T], encode: impl Fn(&T, &mut [u8])) -> Request {
         let mut bytes = vec![0; items.len() * size];
