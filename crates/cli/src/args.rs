@@ -20,6 +20,7 @@ Examples:
   gnttab disk disk.img                   serve an image across granted pages, as NBD on a Unix socket
   gnttab run machine.toml                a machine from a file
   gnttab dump d1                         a domain's grant table, decoded
+  gnttab bench --quick                   what grant operations cost on this machine
 
 ";
 
@@ -52,6 +53,7 @@ pub(crate) enum Command {
     Disk(Disk),
     Run(Run),
     Dump(Dump),
+    Bench(Bench),
 }
 
 impl Command {
@@ -62,6 +64,7 @@ impl Command {
             Command::Disk(_) => "disk",
             Command::Run(_) => "run",
             Command::Dump(_) => "dump",
+            Command::Bench(_) => "bench",
         }
     }
 
@@ -71,7 +74,8 @@ impl Command {
             Command::Demo(Demo { json, .. })
             | Command::Disk(Disk { json, .. })
             | Command::Run(Run { json, .. })
-            | Command::Dump(Dump { json, .. }) => *json,
+            | Command::Dump(Dump { json, .. })
+            | Command::Bench(Bench { json, .. }) => *json,
         }
     }
 }
@@ -196,6 +200,27 @@ pub(crate) struct Dump {
     pub(crate) control: Option<PathBuf>,
     /// Print it as JSON.
     #[arg(long, action = ArgAction::SetTrue)]
+    pub(crate) json: bool,
+}
+
+/// Measure what grant operations cost here, each beside the limit that this machine sets.
+///
+/// The limits are measured in the same rounds as the operations, and every figure is the least of many short rounds: a busy
+/// machine makes it take longer to find, and the spread says how far to believe it.
+#[derive(Debug, Args)]
+#[command(before_help = "\
+Examples:
+  gnttab bench                                      every operation, version, batch and temperature
+  gnttab bench pair/v1                              the cases with that in their names
+  gnttab bench --quick --json > now.json")]
+pub(crate) struct Bench {
+    /// Only cases whose name contains this.
+    pub(crate) filter: Option<String>,
+    /// A tenth of the time: a look, not figures to quote.
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Print one JSON object with a figure for each case.
+    #[arg(long)]
     pub(crate) json: bool,
 }
 

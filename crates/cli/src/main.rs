@@ -7,6 +7,7 @@
 
 mod args;
 mod bell;
+mod bench;
 mod block;
 mod control;
 mod demo;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         Command::Disk(disk) => disk::main(&disk),
         Command::Run(run) => run::main(&run),
         Command::Dump(dump) => dump::main(&dump),
+        Command::Bench(bench) => bench::main(&bench),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,129 @@
+//! `copy`: by size, temperature and direction.
+
+use std::time::{Duration, Instant};
+
+use gnttab_abi::Op;
+use gnttab_engine::Version;
+
+use crate::flat::Memory;
+use crate::limits::copies;
+use crate::mapping::{BATCHES, VERSIONS, cold_memory, cold_plan, scattered};
+use crate::report::Temperature;
+use crate::sampler::{Case, Sampler};
+use crate::scene::{Actor, Plan, SLOTS, Scene};
+
+/// Bytes of a copy.
+const SIZES: [u16; 4] = [64, 512, 1500, 4096];
+
+pub(crate) fn run(sampler: &mut Sampler<'_>) {
+    for version in VERSIONS {
+        for size in SIZES {
+            warm(sampler, version, size, false);
+            warm(sampler, version, size, true);
+            cold(sampler, version, size);
+        }
+    }
+}
+
+fn case(size: u16, into_grant: bool, version: Version, temperature: Temperature, batch: u32) -> Case {
+    let what = if into_grant { "copy-to" } else { "copy-from" };
+    Case {
+        name: format!(
+            "{what}-{size}/v{}/{}/b{batch}",
+            version.number(),
+            temperature.name()
+        ),
+        batch,
+        threads: 1,
+        version: version.number(),
+        temperature,
+    }
+}
+
+/// As many pages as there are items in a batch, up to 32, in turn: all in the second-level cache.
+fn warm(sampler: &mut Sampler<'_>, version: Version, size: u16, into_grant: bool) {
+    let name = |batch| case(size, into_grant, version, Temperature::Warm, batch);
+    if !sampler.wants_any(BATCHES.map(name)) {
+        return;
+    }
+    let plan = Plan::warm(version);
+    let memory = Memory::new(plan.memory());
+    let scene = Scene::new(plan, &memory);
+    let mut actor = scene.actor(0, 0, 0);
+    (0..SLOTS).for_each(|slot| actor.prepare_copy(slot, slot % 32, size, into_grant));
+    for batch in BATCHES {
+        assert_copy(&mut actor, batch);
+        let frames: Vec<_> = (0..32)
+            .map(|slot| {
+                let granted = memory.frame(scene.frame(0, slot)).expect("a frame");
+                let local = memory.frame(actor.local(slot)).expect("a frame");
+                if into_grant {
+                    (local, granted)
+                } else {
+                    (granted, local)
+                }
+            })
+            .collect();
+        let mut body = |repetitions| {
+            let slots = batch.max(32);
+            let start = Instant::now();
+            let mut first = 0;
+            for _ in 0..repetitions {
+                actor.call(Op::Copy, first, batch);
+                first = (first + batch) % slots;
+            }
+            Some(start.elapsed())
+        };
+        let mut limit = |repetitions: u32| {
+            let pages = frames.iter().copied().cycle().take(repetitions as usize);
+            Some(copies(pages, size))
+        };
+        sampler.measure(name(batch), batch, &mut body, "memcpy, warm", &mut limit);
+    }
+}
+
+fn assert_copy(actor: &mut Actor<'_, '_>, batch: u32) {
+    actor.call(Op::Copy, 0, batch);
+    (0..batch).for_each(|slot| actor.assert_done(Op::Copy, slot));
+}
+
+/// Sources that no cache holds, references likewise; destinations are few.
+fn cold(sampler: &mut Sampler<'_>, version: Version, size: u16) {
+    let name = |batch| case(size, false, version, Temperature::Cold, batch);
+    if !sampler.wants_any(BATCHES.map(name)) {
+        return;
+    }
+    let plan = cold_plan(version);
+    let memory = cold_memory();
+    let scene = Scene::new(plan, memory);
+    let mut actor = scene.actor(0, 0, 0);
+    let mut next = scattered(plan.grants);
+    let mut limit_next = scattered(plan.grants);
+    for batch in BATCHES {
+        let locals: Vec<_> = (0..32)
+            .map(|slot| memory.frame(actor.local(slot)).expect("a frame"))
+            .collect();
+        let mut body = |repetitions| {
+            let mut time = Duration::ZERO;
+            for _ in 0..repetitions {
+                (0..SLOTS).for_each(|slot| actor.prepare_copy(slot, next(), size, false));
+                let start = Instant::now();
+                for first in (0..SLOTS).step_by(batch as usize) {
+                    actor.call(Op::Copy, first, batch);
+                }
+                time += start.elapsed();
+                actor.assert_done(Op::Copy, SLOTS - 1);
+            }
+            Some(time)
+        };
+        let mut limit = |repetitions: u32| {
+            // Its own turn through the pages: what the case has just read is not cold.
+            let pages = (0..repetitions).zip(locals.iter().cycle()).map(|(_, local)| {
+                let page = memory.frame(scene.frame(0, limit_next())).expect("a frame");
+                (page, *local)
+            });
+            Some(copies(pages, size))
+        };
+        sampler.measure(name(batch), SLOTS, &mut body, "memcpy, cold", &mut limit);
+    }
+}
