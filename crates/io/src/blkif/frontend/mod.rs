@@ -338,9 +338,10 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
         Ok(())
     }
 
-    /// Shows the backend what was submitted and wakes it if it sleeps.
+    /// Shows the backend what was submitted and wakes it if it sleeps. One that broke the protocol is shown nothing.
     pub fn kick(&mut self) {
         if let Some(link) = &mut self.link
+            && link.broken.is_none()
             && link.ring.publish()
         {
             self.stats.notifications += 1;

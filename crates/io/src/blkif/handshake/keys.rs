@@ -242,6 +242,13 @@ pub(super) fn write_size<S: Store>(store: &mut S, tx: Tx, dir: &str, disk: &Disk
     store.put(tx, dir, "physical-sector-size", disk.physical_sector_size)
 }
 
+/// Largest disk that is taken from a backend: its bytes fit the signed numbers that files are counted with, so that
+/// whoever uses the disk may multiply.
+const MAX_SECTORS: u64 = i64::MAX.unsigned_abs() / 512;
+
+/// Largest physical sector that is taken from a backend: a hint, on which others build their block sizes.
+const MAX_PHYSICAL_SECTOR: u32 = 16 << 20;
+
 /// Reads what a connected backend says of the device; `persistent` is what we want.
 pub(super) fn read_properties<S: Store>(
     store: &mut S,
@@ -258,10 +265,31 @@ pub(super) fn read_properties<S: Store>(
             "a power of two from 512 to 4096",
         ));
     }
+    let sectors: u64 = store.required(tx, dir, "sectors")?;
+    if sectors > MAX_SECTORS {
+        let path = format!("{dir}/sectors");
+        return Err(invalid(
+            path,
+            &sectors.to_string(),
+            "a size whose bytes can be counted",
+        ));
+    }
+    let physical_sector_size = store
+        .number(tx, dir, "physical-sector-size")?
+        .unwrap_or(sector_size);
+    if !physical_sector_size.is_power_of_two() || physical_sector_size > MAX_PHYSICAL_SECTOR {
+        let path = format!("{dir}/physical-sector-size");
+        return Err(invalid(
+            path,
+            &physical_sector_size.to_string(),
+            "a power of two up to 16 MiB",
+        ));
+    }
     let discard = if store.flag(tx, dir, "feature-discard")? {
         Some(DiscardInfo {
             granularity: store
                 .number(tx, dir, "discard-granularity")?
+                .filter(|granularity| *granularity > 0)
                 .unwrap_or(sector_size),
             alignment: store.number(tx, dir, "discard-alignment")?.unwrap_or(0),
             secure: store.flag(tx, dir, "discard-secure")?,
@@ -271,12 +299,10 @@ pub(super) fn read_properties<S: Store>(
     };
     let disk = DiskInfo {
         sector_size,
-        physical_sector_size: store
-            .number(tx, dir, "physical-sector-size")?
-            .unwrap_or(sector_size),
+        physical_sector_size: physical_sector_size.max(sector_size),
         flush: store.flag(tx, dir, "feature-flush-cache")?,
         discard,
-        ..DiskInfo::new(store.required(tx, dir, "sectors")?)
+        ..DiskInfo::new(sectors)
     };
     Ok(DeviceProperties {
         disk: disk.with_info_bits(store.required(tx, dir, "info")?),
