@@ -189,6 +189,18 @@ impl Maptrack {
         }
     }
 
+    /// Handles on free lists, for audits while nobody acts.
+    #[cfg(feature = "machine")]
+    pub(crate) fn free_handles(&self) -> Vec<GrantHandle> {
+        self.free.iter().flat_map(|list| list.lock().0.clone()).collect()
+    }
+
+    /// Whether somebody holds a lock, for audits while nobody acts.
+    #[cfg(feature = "machine")]
+    pub(crate) fn is_locked(&self) -> bool {
+        self.growing.is_locked() || self.free.iter().any(Mutex::is_locked)
+    }
+
     /// Bytes of memory behind the records.
     pub(crate) fn bytes(&self) -> usize {
         self.slots.bytes()

@@ -72,6 +72,14 @@ impl Presence {
         self.slots.len()
     }
 
+    /// Whether any processor is inside anything.
+    #[cfg(feature = "machine")]
+    pub(crate) fn is_anybody_inside(&self) -> bool {
+        self.slots
+            .iter()
+            .any(|slot| slot.inside.load(Ordering::SeqCst) != 0)
+    }
+
     /// Waits until no processor is inside with this tag. The caller is inside nothing, and has
     /// made every later look fail.
     pub(crate) fn wait_until_left(&self, tag: u32) {

@@ -60,6 +60,12 @@ impl<H: Hypervisor> Registry<H> {
         self.presence.len()
     }
 
+    /// Whether any processor is inside a table, for audits while nobody acts.
+    #[cfg(feature = "machine")]
+    pub(crate) fn is_anybody_inside(&self) -> bool {
+        self.presence.is_anybody_inside()
+    }
+
     /// Makes a domain findable; gives it back if its number is taken or there is no memory.
     pub(crate) fn insert(&self, domain: Arc<Domain<H>>) -> Result<(), Arc<Domain<H>>> {
         let _changing = self.changing.lock();

@@ -33,6 +33,14 @@ pub enum Audit {
     Pins,
     /// AUD-FLG: an entry in use is marked so.
     Marks,
+    /// AUD-HND: every handle is live or on one free list, none both, none lost.
+    Handles,
+    /// AUD-LCK: nobody holds a lock, an entry, a record or a table when no operation is under way.
+    Locks,
+    /// AUD-BUF: only documented OUT fields of a guest's arrays changed, and IN fields were read once.
+    Buffers,
+    /// AUD-WRK: a call stayed within its budget of steps and stack.
+    Work,
 }
 
 /// Something that must never be.
@@ -56,6 +64,10 @@ impl core::fmt::Display for Violation {
             Audit::Memory => "AUD-MEM",
             Audit::Pins => "AUD-PIN",
             Audit::Marks => "AUD-FLG",
+            Audit::Handles => "AUD-HND",
+            Audit::Locks => "AUD-LCK",
+            Audit::Buffers => "AUD-BUF",
+            Audit::Work => "AUD-WRK",
         })?;
         if let Some(mfn) = self.mfn {
             write!(f, " frame {mfn}")?;

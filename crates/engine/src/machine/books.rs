@@ -1,8 +1,9 @@
 //! Engine and machine held against each other: what only both together can tell.
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::format;
 use alloc::string::String;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use gnttab_abi::{DomId, EntryFlags, GrantRef, MapFlags, Mfn};
@@ -13,6 +14,8 @@ use crate::active::PinCounts;
 use crate::domain::Domain;
 use crate::engine::{Engine, Processor};
 use crate::hypervisor::{Access, DomainKind, Hypervisor};
+use crate::maptrack::RECORDS_PER_PAGE;
+use crate::sync::Ordering;
 
 /// A live mapping, and the frame that it maps.
 struct Live {
@@ -54,7 +57,8 @@ impl Live {
 
 impl Machine {
     /// As [`Machine::audit`], with the engine's books beside the machine's: AUD-PIN and AUD-FLG
-    /// for every entry, and AUD-REF, AUD-P2M and AUD-IOM against the mappings that are live.
+    /// for every entry, AUD-HND for every handle, AUD-LCK, and AUD-REF, AUD-P2M and AUD-IOM against
+    /// the mappings that are live.
     ///
     /// For moments at which no operation is under way; `engine` must run on this machine.
     ///
@@ -65,6 +69,14 @@ impl Machine {
         let mut cpu = engine.any_processor().expect("a processor is free");
         let domains: Vec<_> = engine.domains().filter_map(|id| engine.domain(id)).collect();
         let mut found = Vec::new();
+        audit_locks(engine, &domains, &mut found);
+        if !found.is_empty() {
+            // Whoever looks on would wait for them.
+            return found;
+        }
+        for domain in &domains {
+            audit_handles(domain, &mut found);
+        }
         let live: Vec<Live> = domains
             .iter()
             .flat_map(|domain| live_of(&mut cpu, domain, &mut found))
@@ -121,6 +133,83 @@ fn live_of<H: Hypervisor<Domain = Guest>>(
         });
     }
     live
+}
+
+/// AUD-LCK.
+fn audit_locks<H: Hypervisor>(engine: &Engine<H>, domains: &[Arc<Domain<H>>], found: &mut Vec<Violation>) {
+    let mut report = |what| {
+        found.push(Violation {
+            audit: Audit::Locks,
+            mfn: None,
+            what,
+        });
+    };
+    if engine.registry.is_anybody_inside() {
+        report(String::from("a processor is still inside a table"));
+    }
+    for domain in domains {
+        let (id, table) = (domain.id(), &domain.table);
+        let held = [
+            ("its gate", !table.gate.is_open()),
+            ("the lock of its table", table.admin.is_locked()),
+            ("the lock of its I/O MMU", domain.iommu.is_locked()),
+            ("a lock of its handles", domain.maptrack.is_locked()),
+        ];
+        for (what, _) in held.into_iter().filter(|(_, held)| *held) {
+            report(format!("{id}: somebody holds {what}"));
+        }
+        let partial = (0..).map_while(|gref| table.view().entry(GrantRef(gref)));
+        let (mut busy, mut parts) = (0, 0);
+        for entry in partial {
+            let state = entry.active.peek();
+            busy += u32::from(state.is_busy());
+            parts += u32::from(state.is_pinned() && state.is_partial());
+        }
+        if busy != 0 {
+            report(format!("{id}: {busy} entries are held"));
+        }
+        let counted = table.v2_ops.load(Ordering::SeqCst);
+        if counted != parts {
+            report(format!(
+                "{id}: {counted} copies that depend on version 2, {parts} uses of that kind"
+            ));
+        }
+    }
+}
+
+/// AUD-HND.
+fn audit_handles<H: Hypervisor>(domain: &Domain<H>, found: &mut Vec<Violation>) {
+    let mut report = |what: String| {
+        found.push(Violation {
+            audit: Audit::Handles,
+            mfn: None,
+            what: format!("{}: {what}", domain.id()),
+        });
+    };
+    let maptrack = &domain.maptrack;
+    let (limit, free) = (maptrack.limit(), maptrack.free_handles());
+    let mut seen = BTreeSet::new();
+    for handle in &free {
+        if handle.0 >= limit {
+            report(format!("free handle {handle} was never made"));
+        }
+        if maptrack.look(*handle).is_some() {
+            report(format!("handle {handle} is free and live"));
+        }
+        if !seen.insert(handle.0) {
+            report(format!("handle {handle} is free twice"));
+        }
+    }
+    seen.extend(domain.mappings().map(|mapping| mapping.handle.0));
+    // The last of all is never handed out (spec 2.5).
+    let all_made = limit / RECORDS_PER_PAGE >= maptrack.max_pages();
+    let total = if all_made { limit.saturating_sub(1) } else { limit };
+    if seen.len() != total as usize {
+        report(format!(
+            "{} handles are free or live, of {total} that were made",
+            seen.len()
+        ));
+    }
 }
 
 /// AUD-PIN and AUD-FLG.
@@ -246,5 +335,64 @@ impl Guest {
         let state = self.machine().lock();
         let iommu = state.domain(self.id()).iommu.as_ref();
         iommu.map(|iommu| iommu.rights.clone())
+    }
+}
+
+/// The audits see what they are for; what no guest and no embedder can do is done from inside.
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::{C, G, Scene};
+
+    fn kinds(scene: &Scene) -> Vec<Audit> {
+        let mut kinds: Vec<Audit> = scene.audit().iter().map(|found| found.audit).collect();
+        kinds.dedup();
+        kinds
+    }
+
+    #[test]
+    fn handles_lost_doubled_or_free_while_live() {
+        let scene = Scene::pv().build();
+        let mapped = scene.map(scene.place(0), MapFlags::HOST_MAP);
+        let domain = scene.domain(C);
+        let maptrack = &domain.maptrack;
+        assert_eq!(kinds(&scene), []);
+        let handle = maptrack.allocate(0).unwrap();
+        assert_eq!(kinds(&scene), [Audit::Handles], "lost");
+        maptrack.release(0, handle);
+        assert_eq!(kinds(&scene), []);
+        maptrack.release(0, handle);
+        assert_eq!(kinds(&scene), [Audit::Handles], "twice");
+        maptrack.allocate(0).unwrap();
+        maptrack.release(0, mapped.handle);
+        assert_eq!(kinds(&scene), [Audit::Handles], "free and live");
+    }
+
+    #[test]
+    fn locks_entries_tables_and_counts_that_are_held() {
+        let scene = Scene::pv().granter_v2().build();
+        let domain = scene.domain(G);
+        let admin = domain.table.admin.lock();
+        assert_eq!(kinds(&scene), [Audit::Locks]);
+        drop(admin);
+        let iommu = domain.iommu.lock();
+        assert_eq!(kinds(&scene), [Audit::Locks]);
+        drop(iommu);
+        domain.table.gate.shut();
+        assert_eq!(kinds(&scene), [Audit::Locks]);
+        domain.table.gate.open();
+        let mut cpu = scene.processor();
+        let inside = cpu.enter(G);
+        assert_eq!(kinds(&scene), [Audit::Locks]);
+        drop(inside);
+        drop(cpu);
+        let entry = domain.table.view().entry(Scene::GREF).unwrap();
+        let claim = entry.active.claim(entry.active.load());
+        assert_eq!(kinds(&scene), [Audit::Locks]);
+        drop(claim);
+        domain.table.v2_ops.fetch_add(1, Ordering::SeqCst);
+        assert_eq!(kinds(&scene), [Audit::Locks]);
+        domain.table.v2_ops.fetch_sub(1, Ordering::SeqCst);
+        assert_eq!(kinds(&scene), []);
     }
 }

@@ -11,6 +11,7 @@
 //! | set domains up, be them, look at them | [`Guest`], which is also a [`GuestMemory`](crate::GuestMemory) for the raw door |
 //! | look at frames, run out of memory, choose a policy | [`Machine`] |
 //! | recompute every count and right | [`Scene::audit`], [`Machine::audit_with`], [`Machine::audit_idle`] |
+//! | see what a call costs, and what it touches of its caller's memory | [`Effort`], [`Fenced`] |
 //! | stop or act in the middle of an operation | [`Machine::hooks`] |
 //! | see, or fail, what the engine asks | [`Traced`], [`Faulty`], or a [`Watch`] of one's own |
 //!
@@ -50,7 +51,9 @@
 mod audit;
 mod between;
 mod books;
+mod effort;
 mod faulty;
+mod fenced;
 mod frames;
 mod guest;
 mod hooks;
@@ -73,7 +76,9 @@ use spin::{Mutex, MutexGuard};
 
 pub use audit::{Audit, Justified, Violation};
 pub use between::{Between, Identified, Verdict, Watch};
+pub use effort::{Budget, Effort};
 pub use faulty::{Faults, Faulty};
+pub use fenced::Fenced;
 pub use frames::{FrameInfo, POISON, PageOwner, PageType};
 pub use guest::{Guest, Page};
 pub use hooks::{Hooks, Parked};

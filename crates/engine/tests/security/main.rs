@@ -5,4 +5,5 @@
 #![cfg(feature = "machine")]
 #![expect(clippy::tests_outside_test_module, reason = "this crate is nothing but tests")]
 
+mod audits;
 mod catalogue;
