@@ -1,5 +1,6 @@
 //! `copy`: by size, temperature and direction.
 
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use gnttab_abi::Op;
@@ -97,8 +98,9 @@ fn cold(sampler: &mut Sampler<'_>, version: Version, size: u16) {
     let memory = cold_memory();
     let scene = Scene::new(plan, memory);
     let mut actor = scene.actor(0, 0, 0);
-    let mut next = scattered(plan.grants);
-    let mut limit_next = scattered(plan.grants);
+    // One turn for both: what one of them has read, the other does not find in a cache.
+    let next = RefCell::new(scattered(plan.grants));
+    let next = || (next.borrow_mut())();
     for batch in BATCHES {
         let locals: Vec<_> = (0..32)
             .map(|slot| memory.frame(actor.local(slot)).expect("a frame"))
@@ -117,9 +119,8 @@ fn cold(sampler: &mut Sampler<'_>, version: Version, size: u16) {
             Some(time)
         };
         let mut limit = |repetitions: u32| {
-            // Its own turn through the pages: what the case has just read is not cold.
             let pages = (0..repetitions).zip(locals.iter().cycle()).map(|(_, local)| {
-                let page = memory.frame(scene.frame(0, limit_next())).expect("a frame");
+                let page = memory.frame(scene.frame(0, next())).expect("a frame");
                 (page, *local)
             });
             Some(copies(pages, size))

@@ -296,6 +296,9 @@ impl<'m> Hypervisor for Flat<'m> {
     fn alloc_table_page(&self, domain: &FlatDomain) -> Option<TableFrame<'m>> {
         let mfn = self.next_table.fetch_sub(1, Ordering::Relaxed).checked_sub(1)?;
         let words = self.memory.frame(mfn)?;
+        if self.frame(Mfn(mfn))?.owner.load(Ordering::Relaxed) != NOBODY {
+            return None;
+        }
         self.give(mfn, domain.id);
         words
             .write(0, &[0; PAGE_SIZE])

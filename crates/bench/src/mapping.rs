@@ -62,7 +62,7 @@ pub(crate) fn run(sampler: &mut Sampler<'_>) {
     }
 }
 
-fn case(name: &str, version: Version, temperature: Temperature, threads: u32, batch: u32) -> Case {
+pub(crate) fn case(name: &str, version: Version, temperature: Temperature, threads: u32, batch: u32) -> Case {
     Case {
         name: format!("{name}/v{}/{}/b{batch}", version.number(), temperature.name()),
         batch,
@@ -73,7 +73,7 @@ fn case(name: &str, version: Version, temperature: Temperature, threads: u32, ba
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "the form of a body")]
-fn l(repetitions: u32) -> Option<Duration> {
+pub(crate) fn l(repetitions: u32) -> Option<Duration> {
     Some(locked_exchange(repetitions))
 }
 
@@ -128,7 +128,7 @@ fn warm(sampler: &mut Sampler<'_>, version: Version) {
             sampler.measure(name(what, batch), batch, &mut body, "L", &mut l);
         }
         (0..SLOTS).for_each(|slot| actor.prepare_pair(slot, slot, WRITE));
-        halves(sampler, &mut actor, &|what| name(what, batch), batch, &mut || {});
+        halves(sampler, &mut actor, &|what| name(what, batch), batch, &mut |_| {});
         replace(sampler, &mut actor, name("replace", batch), batch);
     }
 }
@@ -139,13 +139,13 @@ fn halves(
     actor: &mut Actor<'_, '_>,
     name: &dyn Fn(&str) -> Case,
     batch: u32,
-    prepare: &mut dyn FnMut(),
+    prepare: &mut dyn FnMut(&Actor<'_, '_>),
 ) {
     for (what, timed) in [("map", Op::MapGrantRef), ("unmap", Op::UnmapGrantRef)] {
         let mut body = |repetitions| {
             let mut time = Duration::ZERO;
             for _ in 0..repetitions {
-                prepare();
+                prepare(actor);
                 time += chunk(actor, batch, timed);
             }
             Some(time)
@@ -176,6 +176,7 @@ fn chunk(actor: &mut Actor<'_, '_>, batch: u32, timed: Op) -> Duration {
 
 /// `unmap_and_replace` in the place of `unmap_grant_ref`.
 fn replace(sampler: &mut Sampler<'_>, actor: &mut Actor<'_, '_>, case: Case, batch: u32) {
+    (0..SLOTS).for_each(|slot| actor.prepare_replacement(slot, actor.place(SLOTS + slot)));
     let mut body = |repetitions| {
         let mut time = Duration::ZERO;
         for _ in 0..repetitions {
@@ -193,6 +194,7 @@ fn replace(sampler: &mut Sampler<'_>, actor: &mut Actor<'_, '_>, case: Case, bat
         Some(time)
     };
     sampler.measure(case, SLOTS, &mut body, "L", &mut l);
+    (0..SLOTS).for_each(|slot| actor.prepare_replacement(slot, 0));
 }
 
 fn cold(sampler: &mut Sampler<'_>, version: Version) {
@@ -206,19 +208,18 @@ fn cold(sampler: &mut Sampler<'_>, version: Version) {
     }
     let scene = Scene::new(cold_plan(version), cold_memory());
     let mut next = scattered(COLD);
+    let mut actor = scene.actor(0, 0, 0);
     for batch in BATCHES {
-        for (what, timed) in [("map", Op::MapGrantRef), ("unmap", Op::UnmapGrantRef)] {
-            let mut actor = scene.actor(0, 0, 0);
-            let mut body = |repetitions| {
-                let mut time = Duration::ZERO;
-                for _ in 0..repetitions {
-                    (0..SLOTS).for_each(|slot| actor.prepare_pair(slot, next(), WRITE));
-                    time += chunk(&mut actor, batch, timed);
-                }
-                Some(time)
-            };
-            sampler.measure(name(what, batch), SLOTS, &mut body, "L", &mut l);
-        }
+        let mut prepare = |actor: &Actor<'_, '_>| {
+            (0..SLOTS).for_each(|slot| actor.prepare_pair(slot, next(), WRITE));
+        };
+        halves(
+            sampler,
+            &mut actor,
+            &|what| name(what, batch),
+            batch,
+            &mut prepare,
+        );
     }
 }
 

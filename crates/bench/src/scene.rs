@@ -16,11 +16,11 @@ use gnttab_engine::{
 
 use crate::flat::{Flat, FlatDomain, Guest, Memory};
 
-/// Pages of an actor's own: its arguments, then the pages that it copies into.
+/// Pages of an actor's own: its arguments, a list, then the pages that it copies into.
 const MAP_PAGE: u64 = 0;
 const UNMAP_PAGE: u64 = 2;
-const COPY_PAGE: u64 = 4;
-const MISC_PAGE: u64 = 7;
+const OTHER_PAGE: u64 = 4;
+const LIST_PAGE: u64 = 7;
 const LOCAL_PAGE: u64 = 8;
 
 /// Pages that an actor copies into, in turn.
@@ -71,14 +71,15 @@ impl Plan {
     }
 
     /// Frames of a granter's table.
-    fn table_frames(&self) -> u32 {
+    pub(crate) fn table_frames(&self) -> u32 {
         let per_frame = if self.version == Version::V1 { 512 } else { 256 };
         (FIRST_REF + self.grants * self.stride()).div_ceil(per_frame)
     }
 
     /// Frames of memory that the scene needs.
     pub(crate) fn memory(&self) -> usize {
-        let tables = self.table_frames() + self.table_frames().div_ceil(8) + 2;
+        // Of both domains of a pair, with status frames.
+        let tables = 2 * (self.table_frames() + self.table_frames().div_ceil(8));
         let frames = ACTORS * ACTOR_PAGES + u64::from(self.pairs) * u64::from(self.grants + tables);
         usize::try_from(frames).unwrap_or(usize::MAX)
     }
@@ -117,14 +118,14 @@ impl<'m> Scene<'m> {
             memory,
             engine: Engine::new(Flat::new(memory), config),
         };
+        for frame in 0..ACTORS * ACTOR_PAGES {
+            let actor = u16::try_from(frame / ACTOR_PAGES).unwrap_or(0);
+            scene.engine.hypervisor().give(frame, grantee(actor % plan.pairs));
+        }
         for pair in 0..plan.pairs {
             scene.create(granter(pair));
             scene.create(grantee(pair));
             scene.grant_all(pair);
-        }
-        for frame in 0..ACTORS * ACTOR_PAGES {
-            let actor = u16::try_from(frame / ACTOR_PAGES).unwrap_or(0);
-            scene.engine.hypervisor().give(frame, grantee(actor % plan.pairs));
         }
         scene
     }
@@ -174,11 +175,12 @@ impl<'m> Scene<'m> {
     }
 
     fn grant_all(&self, pair: u16) {
+        let frames = (0..self.plan.grants).map(|index| self.frame(pair, index));
+        frames.for_each(|frame| self.engine.hypervisor().give(frame, granter(pair)));
         let table = self.table(granter(pair), self.plan.table_frames());
         let flags = EntryFlags::PERMIT_ACCESS;
         for index in 0..self.plan.grants {
             let frame = self.frame(pair, index);
-            self.engine.hypervisor().give(frame, granter(pair));
             let head = EntryHead {
                 flags,
                 domid: grantee(pair),
@@ -205,13 +207,18 @@ impl<'m> Scene<'m> {
 
     /// The actor of that number: a vCPU of the grantee of a pair.
     pub(crate) fn actor(&self, number: u16, pair: u16, vcpu: usize) -> Actor<'_, 'm> {
+        self.actor_of(number, grantee(pair), vcpu, granter(pair))
+    }
+
+    /// The actor of that number: a vCPU of a domain, and whose references it uses.
+    pub(crate) fn actor_of(&self, number: u16, id: DomId, vcpu: usize, granter: DomId) -> Actor<'_, 'm> {
         let base = u64::from(number) * ACTOR_PAGES;
         Actor {
             scene: self,
             cpu: self.engine.any_processor().expect("a processor"),
-            vcpu: self.vcpu(grantee(pair), vcpu),
+            vcpu: self.vcpu(id, vcpu),
             guest: Guest::new(self.memory, base, ACTOR_PAGES),
-            granter: granter(pair),
+            granter,
             base: base * 4096,
         }
     }
@@ -233,8 +240,7 @@ impl Actor<'_, '_> {
         let page = match op {
             Op::MapGrantRef => MAP_PAGE,
             Op::UnmapGrantRef | Op::UnmapAndReplace => UNMAP_PAGE,
-            Op::Copy => COPY_PAGE,
-            _ => MISC_PAGE,
+            _ => OTHER_PAGE,
         };
         self.base + page * 4096 + u64::from(slot) * op.arg_size(Abi::X86_64) as u64
     }
@@ -359,5 +365,18 @@ impl Actor<'_, '_> {
     /// An actor's own page, for the limits: where copies go, and `LOCALS` pages on.
     pub(crate) fn local(&self, slot: u32) -> u64 {
         self.base / 4096 + LOCAL_PAGE + u64::from(slot % LOCALS)
+    }
+
+    /// A page of the actor's own, for lists that operations write.
+    pub(crate) fn list(&self) -> u64 {
+        self.base + LIST_PAGE * 4096
+    }
+
+    /// Says where `unmap_and_replace` finds what takes a mapping's place; 0: an `unmap_grant_ref` again.
+    pub(crate) fn prepare_replacement(&self, slot: u32, new_addr: u64) {
+        let at = self.at(Op::UnmapAndReplace, slot) + 8;
+        self.guest
+            .write(at, &new_addr.to_le_bytes())
+            .expect("the actor's own page");
     }
 }
