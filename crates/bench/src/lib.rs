@@ -26,6 +26,7 @@
 
 mod control;
 mod copying;
+pub mod counted;
 mod duo;
 pub mod flat;
 mod limits;

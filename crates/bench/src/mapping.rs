@@ -85,7 +85,7 @@ fn pair(actor: &mut Actor<'_, '_>, first: u32, batch: u32) {
 }
 
 /// Pairs of calls over the slots in turn; there are as many items in use as a batch has, 32 at least.
-fn pairs(actor: &mut Actor<'_, '_>, batch: u32, repetitions: u32) {
+pub(crate) fn pairs(actor: &mut Actor<'_, '_>, batch: u32, repetitions: u32) {
     let slots = batch.max(32);
     let mut first = 0;
     for _ in 0..repetitions {
