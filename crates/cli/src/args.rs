@@ -8,6 +8,10 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::machine::Name;
 
+mod at_rest;
+
+pub(crate) use at_rest::{AtRest, Decode, DecodeAs, Explain, ExplainAs, RingAbi};
+
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())
     .usage(AnsiColor::Yellow.on_default().bold())
@@ -21,6 +25,8 @@ Examples:
   gnttab run machine.toml                a machine from a file
   gnttab dump d1                         a domain's grant table, decoded
   gnttab bench --quick                   what grant operations cost on this machine
+  gnttab decode frames.bin               a grant table from a dump or a core, and what is wrong with it
+  gnttab explain -3                      what a status, a flag word or an operation means
 
 ";
 
@@ -54,6 +60,8 @@ pub(crate) enum Command {
     Run(Run),
     Dump(Dump),
     Bench(Bench),
+    #[command(flatten)]
+    AtRest(AtRest),
 }
 
 impl Command {
@@ -65,6 +73,7 @@ impl Command {
             Command::Run(_) => "run",
             Command::Dump(_) => "dump",
             Command::Bench(_) => "bench",
+            Command::AtRest(command) => command.name(),
         }
     }
 
@@ -76,6 +85,7 @@ impl Command {
             | Command::Run(Run { json, .. })
             | Command::Dump(Dump { json, .. })
             | Command::Bench(Bench { json, .. }) => *json,
+            Command::AtRest(command) => command.wants_json(),
         }
     }
 }
@@ -249,13 +259,21 @@ impl FromStr for DomainRef {
     }
 }
 
+/// A number: hexadecimal with `0x`, else decimal.
+fn parse_number(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) if !hex.starts_with('+') => u64::from_str_radix(hex, 16),
+        _ => text.parse(),
+    };
+    parsed.map_err(|_| format!("'{text}' is not a number like 0x1000 or 4096"))
+}
+
 /// A grant reference: hexadecimal with `0x`, else decimal.
 fn parse_reference(text: &str) -> Result<u32, String> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(hex) => u32::from_str_radix(hex, 16),
-        None => text.parse(),
-    };
-    parsed.map_err(|_| "a grant reference is a number like 0x12 or 18".to_owned())
+    let parsed = parse_number(text)
+        .ok()
+        .and_then(|number| u32::try_from(number).ok());
+    parsed.ok_or_else(|| "a grant reference is a number like 0x12 or 18".to_owned())
 }
 
 #[cfg(test)]

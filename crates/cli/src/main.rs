@@ -10,9 +10,11 @@ mod bell;
 mod bench;
 mod block;
 mod control;
+mod decode;
 mod demo;
 mod disk;
 mod dump;
+mod explain;
 mod failure;
 mod file;
 mod image;
@@ -37,7 +39,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use crate::args::{Cli, Command};
+use crate::args::{AtRest, Cli, Command};
 
 fn main() -> ExitCode {
     if let Some(code) = gnttab_host::launch::domain_main(roles::ROLES) {
@@ -52,6 +54,8 @@ fn main() -> ExitCode {
         Command::Run(run) => run::main(&run),
         Command::Dump(dump) => dump::main(&dump),
         Command::Bench(bench) => bench::main(&bench),
+        Command::AtRest(AtRest::Decode(decode)) => decode::main(&decode),
+        Command::AtRest(AtRest::Explain(explain)) => explain::main(&explain),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

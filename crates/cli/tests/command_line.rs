@@ -38,6 +38,8 @@ fn help_starts_with_examples() {
         &["disk", "--help"],
         &["run", "--help"],
         &["dump", "--help"],
+        &["decode", "--help"],
+        &["explain", "--help"],
     ] {
         let (status, out, _) = gnttab(args);
         assert_eq!(status, Some(0));
