@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use gnttab_abi::DomId;
 use gnttab_io::xenbus::{Store, Tx};
-use gnttab_xenstore::client::{Client, Error, Nodes as _, Watch};
+use gnttab_xenstore::client::{Client, Error, Nodes as _, Transport, Watch};
 use gnttab_xenstore::perms::{Access, Perms};
 use gnttab_xenstore::wire::TxId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -69,14 +69,22 @@ impl StoreClient {
         self.take_events().map(drop)
     }
 
-    /// Takes the events that have come; whether there were any.
     fn take_events(&mut self) -> Result<bool, Error> {
-        let mut any = false;
-        while self.client.next_event(Some(Instant::now()))?.is_some() {
-            any = true;
-        }
-        Ok(any)
+        take_events(&mut self.client)
     }
+}
+
+/// Events taken before the store is looked at again: a peer may write what is watched as fast as it likes.
+const MOST_EVENTS: usize = 256;
+
+/// Takes the events that have come, as far as they are not too many; whether there were any.
+fn take_events(client: &mut Client<impl Transport>) -> Result<bool, Error> {
+    for taken in 0..MOST_EVENTS {
+        if client.next_event(Some(Instant::now()))?.is_none() {
+            return Ok(taken > 0);
+        }
+    }
+    Ok(true)
 }
 
 impl Store for StoreClient {
@@ -132,5 +140,67 @@ impl Store for StoreClient {
             Some(index) => self.client.unwatch(self.watches.swap_remove(index).1),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::io::{self, Read, Write};
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+
+    /// A store that agrees to the first request, a watch, and then sends events of it without end.
+    struct Endless(VecDeque<u8>);
+
+    impl Endless {
+        fn say(&mut self, kind: u32, request: u32, payload: &[u8]) {
+            let length = u32::try_from(payload.len()).unwrap();
+            for word in [kind, request, 0, length] {
+                self.0.extend(word.to_ne_bytes());
+            }
+            self.0.extend(payload);
+        }
+    }
+
+    impl Read for Endless {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            if self.0.is_empty() {
+                self.say(15, 0, b"/local/domain/5/device/vbd/51712/state\x001\0");
+            }
+            self.0.read(into)
+        }
+    }
+
+    impl Write for Endless {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Transport for Endless {
+        fn wait_readable(&self, _: Duration) -> io::Result<bool> {
+            Ok(true)
+        }
+    }
+
+    /// XSA-349: a peer that writes a watched node without end does not keep a domain from its other work.
+    #[test]
+    fn events_without_end_are_taken_a_few_at_a_time() {
+        let mut store = Endless(VecDeque::new());
+        store.say(4, 1, b"OK\0");
+        let mut client = Client::new(store);
+        client.watch("/local/domain/5/device/vbd/51712/state").unwrap();
+        let (done, end) = mpsc::channel();
+        thread::spawn(move || {
+            let _ = done.send(take_events(&mut client).unwrap());
+        });
+        assert_eq!(end.recv_timeout(Duration::from_secs(20)), Ok(true));
     }
 }

@@ -1,15 +1,17 @@
 //! The server against clients that nobody here wrote.
 
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::connection::Export;
 use super::listener::{ListenError, Listener};
-use super::server::Server;
-use crate::block::BlockDevice as _;
+use super::server::{Patience, Server};
+use crate::block::{BlockDevice, Completion, Geometry, Request};
 use crate::file::FileDevice;
 use crate::image::Image;
 
@@ -23,11 +25,11 @@ struct Served {
 
 impl Served {
     fn new(queues: usize) -> Self {
-        Self::with_patience(queues, Duration::from_secs(60))
+        Self::with_patience(queues, Patience::default())
     }
 
-    /// One that gives clients so long for their handshake.
-    fn with_patience(queues: usize, patience: Duration) -> Self {
+    /// One that gives clients so long.
+    fn with_patience(queues: usize, patience: Patience) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let image = Image::generate(16 << 20).unwrap();
         let file = Arc::new(image.file().try_clone().unwrap());
@@ -204,7 +206,11 @@ fn a_socket_in_use_or_a_file_in_the_way_is_left_alone_and_a_dead_socket_is_taken
 fn clients_that_say_nothing_do_not_keep_others_out() {
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixStream;
-    let served = Served::with_patience(2, Duration::from_millis(300));
+    let patience = Patience {
+        handshake: Duration::from_millis(300),
+        ..Patience::default()
+    };
+    let served = Served::with_patience(2, patience);
     let path = served.path("a socket");
     let greeted = |client: &mut UnixStream| client.read_exact(&mut [0; 18]).is_ok();
     // One that is past its handshake may be silent for as long as it likes.
@@ -248,6 +254,112 @@ fn clients_that_say_nothing_do_not_keep_others_out() {
     let mut reply = [0; 16];
     silent.read_exact(&mut reply).unwrap();
     assert_eq!(reply, *b"\x67\x44\x66\x98\0\0\0\0a cookie");
+}
+
+/// Sixteen that are through with their handshake and never ask for anything do not fill the export. Who has asked once may
+/// be silent for as long as it likes.
+#[test]
+fn clients_that_ask_for_nothing_make_room() {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+    let patience = Patience {
+        first_request: Duration::from_millis(300),
+        ..Patience::default()
+    };
+    let served = Served::with_patience(3, patience);
+    let path = served.path("a socket");
+    let connect = || {
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        client.read_exact(&mut [0; 18]).ok()?;
+        client.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").ok()?;
+        client.read_exact(&mut [0; 10]).ok()?;
+        Some(client)
+    };
+    let flush = |client: &mut UnixStream| {
+        let asked = client.write_all(b"\x25\x60\x95\x13\0\0\0\x03a cookie\0\0\0\0\0\0\0\0\0\0\0\0");
+        asked.is_ok() && client.read_exact(&mut [0; 16]).is_ok()
+    };
+    let mut clients: Vec<UnixStream> = (0..16).map(|_| connect().unwrap()).collect();
+    assert!(clients[..4].iter_mut().all(flush));
+    assert!(
+        connect().is_none(),
+        "16 places are taken, and nobody has been silent for long"
+    );
+    std::thread::sleep(Duration::from_millis(400));
+    // As many as are silent come in, one for one, and those who ask keep their places.
+    let mut next: Vec<UnixStream> = (0..12).map(|_| connect().expect("nobody made room")).collect();
+    assert!(next.iter_mut().all(flush));
+    assert!(connect().is_none(), "16 places are taken by those who ask");
+    assert!(clients[..4].iter_mut().all(flush));
+    for silent in &mut clients[4..] {
+        assert!(matches!(silent.read(&mut [0]), Ok(0)), "it was not hung up on");
+    }
+    assert_eq!(served.server.counters().totals().clients, 16);
+}
+
+/// A disk whose backend sends events without end, for nothing.
+struct Noisy {
+    pending: std::os::fd::OwnedFd,
+    looks: Arc<AtomicU32>,
+}
+
+impl BlockDevice for Noisy {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            size: 1 << 20,
+            block_size: 512,
+            preferred_size: 4096,
+            read_only: true,
+            flush: false,
+            discard: false,
+        }
+    }
+
+    fn submit(&mut self, _: Request) {}
+
+    fn kick(&mut self) {}
+
+    fn completions(&mut self, _: &mut Vec<Completion>) {
+        self.looks.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn hush(&mut self) {}
+
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.pending.as_fd())
+    }
+}
+
+/// XSA-391: a backend that sends events as fast as it can, for nothing, does not keep its frontend busy; and clients are
+/// heard meanwhile.
+#[test]
+fn a_flood_of_events_for_nothing_costs_a_few_looks() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let looks = Arc::new(AtomicU32::new(0));
+    let noisy = Noisy {
+        pending: rustix::event::eventfd(1, rustix::event::EventfdFlags::empty()).unwrap(),
+        looks: Arc::clone(&looks),
+    };
+    let export = Export {
+        name: "disk".to_owned(),
+        description: "a test".to_owned(),
+        geometry: noisy.geometry(),
+    };
+    let server = Server::start(Listener::unix(&path).unwrap(), export, vec![noisy]).unwrap();
+    std::thread::sleep(Duration::from_millis(400));
+    let seen = looks.load(Ordering::SeqCst);
+    assert!((3..50).contains(&seen), "{seen} looks in 400 ms");
+    let began = Instant::now();
+    let mut client = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    std::io::Read::read_exact(&mut client, &mut [0; 18]).unwrap();
+    assert!(
+        began.elapsed() < Duration::from_millis(900),
+        "greeted after {:?}",
+        began.elapsed()
+    );
+    server.stop();
 }
 
 #[test]

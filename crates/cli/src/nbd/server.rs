@@ -12,6 +12,7 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use gnttab_io::throttle::EventThrottle;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -21,15 +22,32 @@ use super::listener::{Listener, Stream};
 use crate::bell::Bell;
 use crate::block::{BlockDevice, Completion, Operation};
 
-/// Clients at a time, over all queues; the next one is turned away by closing its connection.
-/// With what one of them can make us hold (64 MiB and a little) this bounds the server's memory.
+/// Clients at a time, over all queues; the next one takes the place of one that has never asked for anything, or else is
+/// turned away by closing its connection. With what one of them can make us hold (64 MiB and a little) this bounds the
+/// server's memory.
 const MAX_CLIENTS: usize = 16;
 
 /// Bytes that are submitted for a client before answers are sent: about what stays in the processor's cache.
 const ROUND: usize = 512 << 10;
 
-/// How long a client may take for its handshake: places are few, and whoever says nothing must not keep one.
-const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long clients may take, since places are few.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    /// For the handshake: whoever is not through with it by then is hung up on.
+    pub(super) handshake: Duration,
+    /// To ask for something: whoever has not by then loses its place when another wants it. Who has asked once keeps it:
+    /// behind that may be a mounted disk, at which nobody is working.
+    pub(super) first_request: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Patience {
+        Patience {
+            handshake: Duration::from_secs(5),
+            first_request: Duration::from_secs(30),
+        }
+    }
+}
 
 /// How long a stop waits for requests under way and for clients to take their answers.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
@@ -134,34 +152,42 @@ impl Server {
         export: Export,
         devices: Vec<D>,
     ) -> io::Result<Self> {
-        Self::start_with_patience(listener, export, devices, HANDSHAKE_PATIENCE)
+        Self::start_with_patience(listener, export, devices, Patience::default())
     }
 
-    /// [`start`](Self::start), with the time that a client may take for its handshake.
+    /// [`start`](Self::start), with the time that clients may take.
     pub(super) fn start_with_patience<D: BlockDevice + 'static>(
         listener: Listener,
         export: Export,
         devices: Vec<D>,
-        handshake_patience: Duration,
+        patience: Patience,
     ) -> io::Result<Self> {
         let counters = Arc::new(Counters::default());
         let stop = Bell::new()?;
         let export = Arc::new(export);
+        let began = Instant::now();
         let mut workers = Vec::new();
         for (index, device) in devices.into_iter().enumerate() {
             let bell = Bell::new()?;
             let (mail, mailbox) = mpsc::channel();
-            let load = Arc::new(AtomicUsize::new(0));
+            let load = Arc::new(Load {
+                clients: AtomicUsize::new(0),
+                mute_since: AtomicU64::new(NOBODY),
+            });
             let worker = Worker {
                 device,
                 export: Arc::clone(&export),
-                handshake_patience,
+                patience,
                 counters: Arc::clone(&counters),
                 load: Arc::clone(&load),
                 bell: bell.clone(),
                 mailbox,
                 clients: Vec::new(),
                 next_id: 0,
+                began,
+                throttle: EventThrottle::default(),
+                woken: false,
+                deaf_until: None,
             };
             let thread = thread::Builder::new()
                 .name(format!("queue {index}"))
@@ -214,12 +240,29 @@ impl Drop for Server {
     }
 }
 
+/// What others see of a worker's clients.
+#[derive(Debug)]
+struct Load {
+    clients: AtomicUsize,
+    /// Since when the longest of those who have never asked for anything is there: milliseconds of the server's life;
+    /// [`NOBODY`] if all have.
+    mute_since: AtomicU64,
+}
+
+const NOBODY: u64 = u64::MAX;
+
+/// A client that comes in.
+struct Newcomer {
+    stream: Stream,
+    /// All places are taken: somebody else's, or none.
+    instead: bool,
+}
+
 struct WorkerHandle {
     /// Dropped to end the worker.
-    mail: Option<mpsc::Sender<Stream>>,
+    mail: Option<mpsc::Sender<Newcomer>>,
     bell: Bell,
-    /// How many clients it has.
-    load: Arc<AtomicUsize>,
+    load: Arc<Load>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -273,20 +316,21 @@ impl Acceptor {
 
     fn admit(&self, stream: Stream) {
         let clients = &self.counters.clients;
-        if clients.load(Ordering::Relaxed) >= MAX_CLIENTS {
-            return;
-        }
-        let least = self
-            .workers
-            .iter()
-            .min_by_key(|worker| worker.load.load(Ordering::Relaxed));
-        let Some(worker) = least else { return };
+        let instead = clients.load(Ordering::Relaxed) >= MAX_CLIENTS;
+        let chosen = if instead {
+            let mute_since = |worker: &&WorkerHandle| worker.load.mute_since.load(Ordering::Relaxed);
+            self.workers.iter().min_by_key(mute_since)
+        } else {
+            let load = |worker: &&WorkerHandle| worker.load.clients.load(Ordering::Relaxed);
+            self.workers.iter().min_by_key(load)
+        };
+        let Some(worker) = chosen else { return };
         let Some(mail) = &worker.mail else { return };
         clients.fetch_add(1, Ordering::Relaxed);
-        worker.load.fetch_add(1, Ordering::Relaxed);
-        if mail.send(stream).is_err() {
+        worker.load.clients.fetch_add(1, Ordering::Relaxed);
+        if mail.send(Newcomer { stream, instead }).is_err() {
             clients.fetch_sub(1, Ordering::Relaxed);
-            worker.load.fetch_sub(1, Ordering::Relaxed);
+            worker.load.clients.fetch_sub(1, Ordering::Relaxed);
         }
         worker.bell.ring();
     }
@@ -296,8 +340,9 @@ struct Client {
     id: u32,
     stream: Stream,
     connection: Connection,
-    /// When its handshake must be over.
-    handshake_end: Instant,
+    since: Instant,
+    /// It has asked for something.
+    has_asked: bool,
     /// Operation and length by tag, for the counters.
     requests: Box<[(Operation, u32)]>,
 }
@@ -305,13 +350,19 @@ struct Client {
 struct Worker<D> {
     device: D,
     export: Arc<Export>,
-    handshake_patience: Duration,
+    patience: Patience,
     counters: Arc<Counters>,
-    load: Arc<AtomicUsize>,
+    load: Arc<Load>,
     bell: Bell,
-    mailbox: mpsc::Receiver<Stream>,
+    mailbox: mpsc::Receiver<Newcomer>,
     clients: Vec<Client>,
     next_id: u32,
+    began: Instant,
+    throttle: EventThrottle,
+    /// The device's event has come.
+    woken: bool,
+    /// The backend sends events for nothing: until then none is listened to.
+    deaf_until: Option<Instant>,
 }
 
 impl<D: BlockDevice> Worker<D> {
@@ -327,9 +378,14 @@ impl<D: BlockDevice> Worker<D> {
                 }
             }
             let handshake_end = self.hurry();
-            self.work();
+            let completed = self.work();
+            self.judge_event(completed);
             self.bury();
-            let next = deadline.into_iter().chain(handshake_end).min();
+            let next = deadline
+                .into_iter()
+                .chain(handshake_end)
+                .chain(self.deaf_until)
+                .min();
             let patience = next.map(|next| next.saturating_duration_since(Instant::now()));
             if !open && (self.clients.is_empty() || deadline.is_some_and(|end| end <= Instant::now())) {
                 return;
@@ -345,13 +401,18 @@ impl<D: BlockDevice> Worker<D> {
     fn take_mail(&mut self) -> bool {
         loop {
             match self.mailbox.try_recv() {
-                Ok(stream) => {
+                Ok(Newcomer { instead, .. }) if instead && !self.make_room() => {
+                    self.load.clients.fetch_sub(1, Ordering::Relaxed);
+                    self.counters.clients.fetch_sub(1, Ordering::Relaxed);
+                }
+                Ok(Newcomer { stream, .. }) => {
                     self.next_id = self.next_id.wrapping_add(1);
                     self.clients.push(Client {
                         id: self.next_id,
                         stream,
                         connection: Connection::new(Arc::clone(&self.export)),
-                        handshake_end: Instant::now() + self.handshake_patience,
+                        since: Instant::now(),
+                        has_asked: false,
                         requests: vec![(Operation::Flush, 0); Connection::MAX_IN_FLIGHT].into(),
                     });
                 }
@@ -361,6 +422,20 @@ impl<D: BlockDevice> Worker<D> {
         }
     }
 
+    /// Hangs up on the client that has been there longest without asking for anything; whether there was one.
+    fn make_room(&mut self) -> bool {
+        let patience = self.patience.first_request;
+        let mute = |client: &&mut Client| !client.has_asked && client.since.elapsed() >= patience;
+        let longest = self
+            .clients
+            .iter_mut()
+            .filter(mute)
+            .min_by_key(|client| client.since);
+        let found = longest.map(|client| client.connection.hang_up());
+        self.bury();
+        found.is_some()
+    }
+
     /// Hangs up on clients whose handshake took too long; when the next one's time is over.
     fn hurry(&mut self) -> Option<Instant> {
         let mut next = None;
@@ -368,23 +443,36 @@ impl<D: BlockDevice> Worker<D> {
             if !client.connection.is_negotiating() {
                 continue;
             }
-            if client.handshake_end <= Instant::now() {
+            let end = client.since + self.patience.handshake;
+            if end <= Instant::now() {
                 client.connection.hang_up();
             } else {
-                next = Some(next.map_or(client.handshake_end, |end: Instant| end.min(client.handshake_end)));
+                next = Some(next.map_or(end, |next: Instant| next.min(end)));
             }
         }
         next
     }
 
-    /// Moves everything that can move: requests in, completions out, answers sent.
-    fn work(&mut self) {
+    /// Listens less and less to a backend whose events have nothing behind them.
+    fn judge_event(&mut self, completed: bool) {
+        if std::mem::take(&mut self.woken) || completed {
+            let pause = u64::from(self.throttle.after(completed));
+            self.deaf_until = (pause > 0).then(|| Instant::now() + Duration::from_millis(pause));
+        } else if self.deaf_until.is_some_and(|end| end <= Instant::now()) {
+            self.deaf_until = None;
+        }
+    }
+
+    /// Moves everything that can move: requests in, completions out, answers sent. Whether the device completed anything.
+    fn work(&mut self) -> bool {
         let mut completions = Vec::new();
+        let mut any = false;
         loop {
             let submitted = self.submit();
             self.device.kick();
             self.device.completions(&mut completions);
             let completed = !completions.is_empty();
+            any |= completed;
             for completion in completions.drain(..) {
                 self.complete(completion);
             }
@@ -392,7 +480,7 @@ impl<D: BlockDevice> Worker<D> {
                 client.send();
             }
             if !submitted && !completed {
-                return;
+                return any;
             }
         }
     }
@@ -406,6 +494,7 @@ impl<D: BlockDevice> Worker<D> {
                 && let Some(mut request) = client.connection.next_request()
             {
                 bytes += request.data.len();
+                client.has_asked = true;
                 if let Some(slot) = usize::try_from(request.tag)
                     .ok()
                     .and_then(|tag| client.requests.get_mut(tag))
@@ -435,19 +524,27 @@ impl<D: BlockDevice> Worker<D> {
         client.connection.complete(completion);
     }
 
-    /// Drops the clients that are done.
+    /// Drops the clients that are done, and says who is left.
     fn bury(&mut self) {
         let before = self.clients.len();
         self.clients.retain(|client| !client.connection.is_finished());
         let gone = before - self.clients.len();
-        self.load.fetch_sub(gone, Ordering::Relaxed);
+        self.load.clients.fetch_sub(gone, Ordering::Relaxed);
         self.counters.clients.fetch_sub(gone, Ordering::Relaxed);
+        let mute = self.clients.iter().filter(|client| !client.has_asked);
+        let since = mute
+            .map(|client| client.since.saturating_duration_since(self.began))
+            .min();
+        let since = since.map_or(NOBODY, |since| u64::try_from(since.as_millis()).unwrap_or(NOBODY));
+        self.load.mute_since.store(since, Ordering::Relaxed);
     }
 
     /// Waits until something can move, and reads what clients have sent.
     fn sleep(&mut self, patience: Option<Duration>) -> io::Result<()> {
         let mut wait = vec![PollFd::from_borrowed_fd(self.bell.as_fd(), PollFlags::IN)];
-        if let Some(event) = self.device.event() {
+        if self.deaf_until.is_none()
+            && let Some(event) = self.device.event()
+        {
             wait.push(PollFd::from_borrowed_fd(event, PollFlags::IN));
         }
         let first_client = wait.len();
@@ -477,6 +574,7 @@ impl<D: BlockDevice> Worker<D> {
         }
         if woken {
             self.device.hush();
+            self.woken = true;
         }
         for (index, ready) in polled.into_iter().zip(ready) {
             let client = &mut self.clients[index];

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -10,7 +10,9 @@ use std::time::Instant;
 use gnttab_guest::Mapper;
 use gnttab_host::runtime::{Domain, Port, io::Back};
 use gnttab_io::blkif::handshake::{BackendEvent, BackendHandshake, BackendLimits, QueueOffer};
-use gnttab_io::blkif::{BackendConfig, BackendQueue, Disk as _};
+use gnttab_io::blkif::{BackendConfig, BackendQueue, Disk};
+use gnttab_io::grants::{Grantee, Notify};
+use gnttab_io::throttle::EventThrottle;
 use gnttab_io::xenbus::Store as _;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
@@ -144,15 +146,23 @@ struct Queue {
 
 impl Queue {
     fn start(queue: BackendQueue<Back>, port: Port, disk: &Arc<ImageDisk>, ended: &Bell) -> io::Result<Self> {
+        let disk = Arc::clone(disk);
+        Queue::spawn(ended, move |stop| serve(queue, port, &*disk, stop))
+    }
+
+    fn spawn(
+        ended: &Bell,
+        work: impl FnOnce(&Bell) -> Result<(), RoleError> + Send + 'static,
+    ) -> io::Result<Self> {
         let stop = Bell::new()?;
-        let (disk, stopped, ended) = (Arc::clone(disk), stop.clone(), ended.clone());
-        let serve = move || {
-            if let Err(error) = serve(queue, port, &disk, &stopped) {
+        let (stopped, ended) = (stop.clone(), ended.clone());
+        let run = move || {
+            if let Err(error) = work(&stopped) {
                 eprintln!("gnttab: backend: a queue has ended: {error}");
             }
             ended.ring();
         };
-        let thread = thread::Builder::new().name("queue".to_owned()).spawn(serve)?;
+        let thread = thread::Builder::new().name("queue".to_owned()).spawn(run)?;
         Ok(Queue {
             stop,
             thread: Some(thread),
@@ -174,29 +184,246 @@ impl Drop for Queue {
     }
 }
 
+/// The own end of an event channel, as a queue's thread listens to it.
+trait Channel: Notify + AsFd {
+    /// Whether an event has come since the last time; an error once the peer has gone.
+    fn take(&self) -> rustix::io::Result<bool>;
+}
+
+impl Channel for Port {
+    fn take(&self) -> rustix::io::Result<bool> {
+        Port::take(self)
+    }
+}
+
 /// Serves until stopped or until the frontend's domain has gone; an error when the ring makes no sense.
-fn serve(
-    mut queue: BackendQueue<Back>,
-    mut port: Port,
-    disk: &ImageDisk,
+///
+/// The frontend may be hostile: one that never runs out of requests cannot keep the thread from ending, and one that sends
+/// events for nothing is listened to less and less.
+fn serve<G: Grantee>(
+    mut queue: BackendQueue<G>,
+    mut port: impl Channel,
+    disk: &impl Disk,
     stop: &Bell,
 ) -> Result<(), RoleError> {
     let started = Instant::now();
+    let mut throttle = EventThrottle::default();
     loop {
-        // A frontend whose domain has gone sends nothing more; the store will say so too.
-        let alive = port.take().is_ok();
-        while queue.process(disk, &mut port, BUDGET)?.more {}
+        let event = port.take();
+        let mut served = false;
+        loop {
+            let progress = queue.process(disk, &mut port, BUDGET)?;
+            served |= progress.served > 0;
+            if !progress.more {
+                break;
+            }
+            if stop.is_ringing() {
+                return Ok(());
+            }
+        }
         queue.tick(u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX));
+        let pause = if served || event == Ok(true) {
+            throttle.after(served)
+        } else {
+            0
+        };
         let mut wait = vec![PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)];
-        if alive {
+        let mut patience = TICK;
+        if pause > 0 {
+            patience.tv_nsec = i64::from(pause % 1000) * 1_000_000;
+            patience.tv_sec = (pause / 1000).into();
+        } else if event.is_ok() {
+            // A frontend whose domain has gone sends nothing more; the store will say so too.
             wait.push(PollFd::from_borrowed_fd(port.as_fd(), PollFlags::IN));
         }
-        match poll(&mut wait, Some(&TICK)) {
+        match poll(&mut wait, Some(&patience)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(io::Error::from(errno).into()),
         }
         if !wait[0].revents().is_empty() {
             return Ok(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{BorrowedFd, OwnedFd};
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use gnttab_abi::Abi;
+    use gnttab_io::blkif::{DiskError, DiskInfo, RawSegment, Slot};
+    use gnttab_io::fake::{FakeDomain, FakeGrantee, HostileFrontend};
+    use gnttab_io::grants::Access;
+    use gnttab_io::shared::{SharedSlice, SharedSliceMut};
+
+    use super::*;
+
+    /// A channel on which an event is always pending.
+    struct Flood {
+        pending: OwnedFd,
+        looks: Arc<AtomicU32>,
+    }
+
+    impl Flood {
+        fn new() -> Flood {
+            let flags = rustix::event::EventfdFlags::empty();
+            Flood {
+                pending: rustix::event::eventfd(1, flags).unwrap(),
+                looks: Arc::default(),
+            }
+        }
+    }
+
+    impl Notify for Flood {
+        fn notify(&mut self) {}
+    }
+
+    impl AsFd for Flood {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.pending.as_fd()
+        }
+    }
+
+    impl Channel for Flood {
+        fn take(&self) -> rustix::io::Result<bool> {
+            self.looks.fetch_add(1, Ordering::SeqCst);
+            Ok(true)
+        }
+    }
+
+    /// A disk by which a frontend learns that it was served, and asks again before it is answered.
+    struct Insatiable {
+        frontend: Mutex<(HostileFrontend, Slot)>,
+        served: AtomicU32,
+        /// Rung at the thousandth request.
+        stop: Bell,
+    }
+
+    impl Disk for Insatiable {
+        fn info(&self) -> DiskInfo {
+            DiskInfo::new(64)
+        }
+
+        fn read(&self, _: u64, _: &[SharedSliceMut<'_>]) -> Result<(), DiskError> {
+            let (frontend, slot) = &mut *self.frontend.lock().unwrap();
+            frontend.send(slot);
+            if self.served.fetch_add(1, Ordering::SeqCst) == 1000 {
+                self.stop.ring();
+            }
+            Ok(())
+        }
+
+        fn write(&self, _: u64, _: &[SharedSlice<'_>]) -> Result<(), DiskError> {
+            Ok(())
+        }
+
+        fn flush(&self) -> Result<(), DiskError> {
+            Ok(())
+        }
+
+        fn discard(&self, _: u64, _: u64, _: bool) -> Result<(), DiskError> {
+            Ok(())
+        }
+    }
+
+    fn hostile(domain: &FakeDomain) -> (HostileFrontend, BackendQueue<FakeGrantee>) {
+        let frontend = HostileFrontend::new(domain, Abi::X86_64, 1).unwrap();
+        let config = BackendConfig::new(Abi::X86_64, true);
+        let queue = BackendQueue::connect(domain.grantee(), frontend.ring(), config, DiskInfo::new(64));
+        (frontend, queue.unwrap())
+    }
+
+    /// PVR-8: who is stopped stops, though there is always one more request.
+    #[test]
+    fn a_frontend_that_never_runs_out_of_requests_cannot_keep_its_queue_alive() {
+        let domain = FakeDomain::new();
+        let (mut frontend, queue) = hostile(&domain);
+        let (gref, _page) = frontend.data_page(Access::ReadWrite).unwrap();
+        let mut slot = Slot::new(Abi::X86_64);
+        slot.set_second(1);
+        let (first_sect, last_sect) = (0, 7);
+        slot.set_segment(
+            0,
+            RawSegment {
+                gref,
+                first_sect,
+                last_sect,
+            },
+        );
+        frontend.send(&slot);
+        let stop = Bell::new().unwrap();
+        let disk = Insatiable {
+            frontend: Mutex::new((frontend, slot)),
+            served: AtomicU32::new(0),
+            stop: stop.clone(),
+        };
+        let (ended, end) = mpsc::channel();
+        thread::spawn(move || {
+            let outcome = serve(queue, Flood::new(), &disk, &stop).map_err(|error| error.to_string());
+            let _ = ended.send((outcome, disk.served.load(Ordering::SeqCst)));
+        });
+        let (outcome, served) = end
+            .recv_timeout(Duration::from_secs(20))
+            .expect("it serves on and on");
+        assert_eq!(outcome, Ok(()));
+        assert!(served <= 1001 + BUDGET, "{served} requests");
+        assert_eq!(domain.mappings(), 0);
+    }
+
+    /// XSA-332: a frontend that sends events as fast as it can, for nothing, does not keep the thread busy.
+    #[test]
+    fn a_flood_of_events_for_nothing_costs_a_few_looks() {
+        let domain = FakeDomain::new();
+        let (frontend, queue) = hostile(&domain);
+        let stop = Bell::new().unwrap();
+        let flood = Flood::new();
+        let looks = Arc::clone(&flood.looks);
+        let disk = Insatiable {
+            frontend: Mutex::new((frontend, Slot::new(Abi::X86_64))),
+            served: AtomicU32::new(0),
+            stop: stop.clone(),
+        };
+        let stopped = stop.clone();
+        let server = thread::spawn(move || serve(queue, flood, &disk, &stopped).is_ok());
+        thread::sleep(Duration::from_millis(400));
+        stop.ring();
+        assert!(server.join().unwrap());
+        let looks = looks.load(Ordering::SeqCst);
+        assert!((3..50).contains(&looks), "{looks} looks in 400 ms");
+    }
+
+    /// XSA-350, XSA-374: stopped before it has begun, stopped after it has failed, stopped twice: joined once.
+    #[test]
+    fn a_queue_ends_once_however_fast_it_is_stopped() {
+        let ended = Bell::new().unwrap();
+        for round in 0..300 {
+            let domain = FakeDomain::new();
+            let (mut frontend, queue) = hostile(&domain);
+            if round % 3 == 0 {
+                frontend.set_req_prod(1 << 30);
+            }
+            let queue = Queue::spawn(&ended, move |stop| {
+                let image = crate::image::Image::generate(4096)?;
+                let disk = ImageDisk::new(image.file().try_clone()?, 4096, false);
+                serve(queue, Flood::new(), &disk, stop)
+            })
+            .unwrap();
+            if round % 3 == 1 {
+                thread::yield_now();
+            }
+            if round % 2 == 0 {
+                queue.stop.ring();
+            }
+            drop(queue);
+            assert_eq!(
+                domain.mappings(),
+                0,
+                "round {round}: everything is unmapped when the queue is gone"
+            );
         }
     }
 }
