@@ -1,220 +1,80 @@
-//! The control socket: what a running machine tells about itself, to its own user.
+//! Where machines' control sockets are, and how commands reach the one that is meant.
 //!
-//! A question is one line of JSON, the answer another, and then the connection ends. Nothing can be changed through it. The
-//! socket is `NAME.control` in the user's [folder](crate::place), and goes with the machine.
+//! A machine's is `NAME.control` in the user's [folder](crate::place), and goes with the machine.
 
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::io;
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
-use gnttab_abi::DomId;
-use gnttab_host::monitor::{DomainInfo, GrantInfo, MappingInfo, Monitor, MonitorError};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
+use gnttab_host::control::{Client, Control, ControlError};
+use gnttab_host::monitor::{DomainInfo, Monitor, MonitorError};
 
-use crate::bell::Bell;
+use crate::args::DomainRef;
 use crate::failure::Failure;
-use crate::nbd::listener::{ListenError, Listener};
 use crate::place;
 
-/// Raised when a key changes its meaning or goes.
-const VERSION: u32 = 1;
-/// Bytes of a question.
-const QUESTION: u64 = 4096;
-/// How long the other side may take for its part.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// How the sockets' names end.
 const ENDING: &str = "control";
 
-/// What can be asked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "get", rename_all = "snake_case")]
-pub(crate) enum Question {
-    /// Every domain.
-    Domains,
-    /// A domain, the entries of its table that are not free, and the mappings that it holds.
-    Table {
-        /// Its number.
-        domain: u16,
-    },
-}
-
-/// The answer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum Answer {
-    /// To [`Question::Domains`].
-    Domains(Vec<DomainInfo>),
-    /// To [`Question::Table`].
-    Table(Box<Table>),
-    /// It cannot be answered, and why.
-    Error(String),
-}
-
-/// A domain's grant table, and what it maps of others'.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Table {
-    /// The domain.
-    pub(crate) domain: DomainInfo,
-    /// Entries that are not free.
-    pub(crate) grants: Vec<GrantInfo>,
-    /// Mappings of others' pages.
-    pub(crate) mappings: Vec<MappingInfo>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Versioned<T> {
-    version: u32,
-    content: T,
-}
-
-/// The control socket of a machine, open until it is dropped.
-#[derive(Debug)]
-pub(crate) struct Control {
-    stop: Bell,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Control {
-    /// Opens the socket of a machine called `name`.
-    pub(crate) fn open(name: &str, monitor: Arc<Monitor>) -> Result<Self, Failure> {
-        let folder = place::folder()?;
-        // What killed machines left; a folder that cannot be read is no reason not to start.
-        let _ = living(&folder);
-        let path = folder.join(format!("{name}.{ENDING}"));
-        let listener = Listener::unix(&path).map_err(|error| {
-            let failure = Failure::new(format!("control {error}"));
-            match error {
-                ListenError::SocketBusy(_) => {
-                    failure.next("a machine of this name is running: stop it first")
-                }
-                _ => failure.next("set XDG_RUNTIME_DIR to a folder of yours with a short path"),
+/// Opens the control socket of a machine called `name`.
+pub(crate) fn open(name: &str, monitor: Arc<Monitor>) -> Result<Control, Failure> {
+    let folder = place::folder()?;
+    // What killed machines left; a folder that cannot be read is no reason not to start.
+    let _ = living(&folder);
+    let path = folder.join(format!("{name}.{ENDING}"));
+    Control::open(&path, monitor).map_err(|error| {
+        let failure = Failure::new(format!("control socket {}: {error}", path.display()));
+        match error {
+            MonitorError::Io { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
+                failure.next("a machine of this name is running: stop it first")
             }
-        })?;
-        let fail = |error: io::Error| Failure::new(format!("control socket {}: {error}", path.display()));
-        let stop = Bell::new().map_err(fail)?;
-        let stopped = stop.clone();
-        let serve = move || serve(&listener, &stopped, &monitor);
-        let thread = thread::Builder::new()
-            .name("control".to_owned())
-            .spawn(serve)
-            .map_err(fail)?;
-        Ok(Control {
-            stop,
-            thread: Some(thread),
-        })
-    }
+            _ => failure.next("set XDG_RUNTIME_DIR to a folder of yours with a short path"),
+        }
+    })
 }
 
-impl Drop for Control {
-    fn drop(&mut self) {
-        self.stop.ring();
-        if let Some(thread) = self.thread.take() {
-            // A thread that panicked has said so itself.
-            let _ = thread.join();
-        }
-    }
-}
-
-fn serve(listener: &Listener, stop: &Bell, monitor: &Monitor) {
-    loop {
-        let mut wait = [
-            PollFd::new(stop, PollFlags::IN),
-            PollFd::new(listener, PollFlags::IN),
-        ];
-        match poll(&mut wait, None) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(_) => return,
-        }
-        if !wait[0].revents().is_empty() {
-            return;
-        }
-        if let Listener::Unix { socket, .. } = listener
-            && let Ok((stream, _)) = socket.accept()
-        {
-            // Whoever asked and left needs no answer.
-            let _ = answer(&stream, monitor);
-        }
-    }
-}
-
-fn answer(mut stream: &UnixStream, monitor: &Monitor) -> io::Result<()> {
-    stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let mut line = String::new();
-    BufReader::new(stream.take(QUESTION)).read_line(&mut line)?;
-    let content = match serde_json::from_str(&line) {
-        Ok(Versioned {
-            version: VERSION,
-            content,
-        }) => look_up(&content, monitor),
-        Ok(Versioned { version, .. }) => Answer::Error(format!(
-            "this machine speaks version {VERSION} of the control protocol, not {version}"
-        )),
-        Err(error) => Answer::Error(format!("not a question: {error}")),
+/// A caller of the machine whose control socket was named, or else of the only one that this user runs.
+pub(crate) fn connect(named: Option<&Path>) -> Result<Client, Failure> {
+    let path = match named {
+        Some(path) => path.to_owned(),
+        None => only_one()?,
     };
-    let mut bytes = serde_json::to_vec(&Versioned {
-        version: VERSION,
-        content,
-    })?;
-    bytes.push(b'\n');
-    stream.write_all(&bytes)
+    Client::connect(&path).map_err(failed)
 }
 
-fn look_up(question: &Question, monitor: &Monitor) -> Answer {
-    let table = |domain| -> Result<Answer, MonitorError> {
-        let (grants, mappings) = (monitor.grants(domain)?, monitor.mappings(domain)?);
-        Ok(Answer::Table(Box::new(Table {
-            domain: monitor.domain(domain)?,
-            grants,
-            mappings,
-        })))
-    };
-    match question {
-        Question::Domains => Answer::Domains(monitor.domains()),
-        Question::Table { domain } => {
-            table(DomId(*domain)).unwrap_or_else(|error| Answer::Error(error.to_string()))
+/// Why a machine did not answer, and what to do about it.
+pub(crate) fn failed(error: ControlError) -> Failure {
+    let next = match error {
+        ControlError::Connect { .. } => {
+            "is the machine running? start one with: gnttab disk, gnttab run or gnttab demo"
         }
-    }
+        ControlError::Silent(_) => "it is busy or stopped: try again",
+        ControlError::Broken { .. } => "the machine may be ending: try again",
+        ControlError::Unexpected { .. } => "the machine is of another version than this command",
+        ControlError::Refused(why) => return Failure::new(why),
+    };
+    Failure::new(error).next(next)
 }
 
-/// Asks a running machine.
-pub(crate) fn ask(socket: &Path, question: &Question) -> Result<Answer, Failure> {
-    let fail = |error: io::Error| Failure::new(format!("control socket {}: {error}", socket.display()));
-    let mut stream = UnixStream::connect(socket).map_err(|error| {
-        fail(error).next("is the machine running? start one with: gnttab disk, gnttab run or gnttab demo")
-    })?;
-    let mut exchange = || -> io::Result<Answer> {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let mut line = serde_json::to_vec(&Versioned {
-            version: VERSION,
-            content: question,
-        })?;
-        line.push(b'\n');
-        stream.write_all(&line)?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok(serde_json::from_str::<Versioned<Answer>>(&answer)?.content)
-    };
-    match exchange() {
-        Ok(Answer::Error(why)) => Err(Failure::new(why)),
-        Ok(answer) => Ok(answer),
-        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-            let why = format!(
-                "control socket {}: the machine is there, but did not answer within {} s",
-                socket.display(),
-                PATIENCE.as_secs()
-            );
-            Err(Failure::new(why).next("it is busy or stopped: try again"))
-        }
-        Err(error) => Err(fail(error).next("the machine may be ending: try again")),
-    }
+/// The domain that a person means.
+pub(crate) fn find<'a>(wanted: &DomainRef, domains: &'a [DomainInfo]) -> Result<&'a DomainInfo, Failure> {
+    let found = domains.iter().find(|domain| match wanted {
+        DomainRef::Id(id) => domain.id == *id,
+        DomainRef::Named(name) => domain.name == name.as_str(),
+    });
+    found.ok_or_else(|| {
+        let wanted = match wanted {
+            DomainRef::Id(id) => format!("d{id}"),
+            DomainRef::Named(name) => format!("'{name}'"),
+        };
+        let all: Vec<String> = domains
+            .iter()
+            .map(|domain| format!("d{} {}", domain.id, domain.name))
+            .collect();
+        Failure::new(format!("domain {wanted}: there is none")).next(format!("there are: {}", all.join(", ")))
+    })
 }
 
 /// The control sockets in a folder that somebody answers on. The others, left by machines that were killed, are removed;
@@ -242,7 +102,7 @@ fn living(folder: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// The socket of the one machine that this user runs.
-pub(crate) fn only_one() -> Result<PathBuf, Failure> {
+fn only_one() -> Result<PathBuf, Failure> {
     let folder = place::folder()?;
     let alive =
         living(&folder).map_err(|error| Failure::new(format!("folder {}: {error}", folder.display())))?;
@@ -298,7 +158,10 @@ mod tests {
     fn a_machine_that_does_not_answer_need_not_be_started() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("busy.control");
-        let ask = || ask(&path, &Question::Domains).unwrap_err().to_string();
+        let ask = || {
+            let domains = connect(Some(&path)).and_then(|mut machine| machine.domains().map_err(failed));
+            domains.unwrap_err().to_string()
+        };
         let listener = UnixListener::bind(&path).unwrap();
         let busy = ask();
         assert!(

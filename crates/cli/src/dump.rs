@@ -1,32 +1,20 @@
 //! `gnttab dump`: a domain's grant table, decoded.
 
+use gnttab_host::control::Table;
 use gnttab_host::monitor::{DomainInfo, GrantInfo};
 use serde_json::json;
 
-use crate::args::{DomainRef, Dump};
-use crate::control::{self, Answer, Question, Table};
+use crate::args::Dump;
+use crate::control;
 use crate::failure::Failure;
 use crate::output::{self, columns};
 
 /// Prints the table.
 pub(crate) fn main(args: &Dump) -> Result<(), Failure> {
-    let socket = match &args.control {
-        Some(path) => path.clone(),
-        None => control::only_one()?,
-    };
-    let unexpected = || {
-        Failure::new(format!(
-            "control socket {}: an unexpected answer",
-            socket.display()
-        ))
-    };
-    let Answer::Domains(domains) = control::ask(&socket, &Question::Domains)? else {
-        return Err(unexpected());
-    };
-    let domain = find(&args.domain, &domains)?.id;
-    let Answer::Table(table) = control::ask(&socket, &Question::Table { domain })? else {
-        return Err(unexpected());
-    };
+    let mut machine = control::connect(args.control.as_deref())?;
+    let domains = machine.domains().map_err(control::failed)?;
+    let domain = control::find(&args.domain, &domains)?.id;
+    let table = machine.table(domain).map_err(control::failed)?;
     if let Some(gref) = args.reference {
         return one_entry(args, &table, gref);
     }
@@ -35,33 +23,16 @@ pub(crate) fn main(args: &Dump) -> Result<(), Failure> {
             domain,
             grants,
             mappings,
-        } = &*table;
+            mapped_by,
+        } = &table;
         output::json(
             "dump",
-            json!({ "domain": domain, "entries": grants, "mappings": mappings }),
+            json!({ "domain": domain, "entries": grants, "mappings": mappings, "mapped_by": mapped_by }),
         );
     } else {
         output::line(text(&table).trim_end());
     }
     Ok(())
-}
-
-fn find<'a>(wanted: &DomainRef, domains: &'a [DomainInfo]) -> Result<&'a DomainInfo, Failure> {
-    let found = domains.iter().find(|domain| match wanted {
-        DomainRef::Id(id) => domain.id == *id,
-        DomainRef::Named(name) => domain.name == name.as_str(),
-    });
-    found.ok_or_else(|| {
-        let wanted = match wanted {
-            DomainRef::Id(id) => format!("d{id}"),
-            DomainRef::Named(name) => format!("'{name}'"),
-        };
-        let all: Vec<String> = domains
-            .iter()
-            .map(|domain| format!("d{} {}", domain.id, domain.name))
-            .collect();
-        Failure::new(format!("domain {wanted}: there is none")).next(format!("there are: {}", all.join(", ")))
-    })
 }
 
 /// Entries that the table has.

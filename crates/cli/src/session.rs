@@ -13,13 +13,14 @@ use std::time::{Duration, Instant};
 
 use gnttab_abi::DomId;
 use gnttab_engine::Limits;
+use gnttab_host::control::Control;
 use gnttab_host::launch::Program;
 use gnttab_host::monitor::{Counters, DomainInfo, DomainSpec, Ended, Monitor, MonitorError, Settings};
 use gnttab_io::blkif::handshake as toolstack;
 use gnttab_io::blkif::handshake::{DeviceMode, VbdSpec, VirtualDevice};
 use gnttab_io::xenbus::{Store as _, Tx, XenbusState, read_state};
 
-use crate::control::Control;
+use crate::control;
 use crate::failure::Failure;
 use crate::image::Image;
 use crate::nbd::listener::Listener;
@@ -166,7 +167,7 @@ impl Session {
     /// Makes a machine. `name` is what its control socket is called.
     pub(crate) fn start(name: &str, domains: Vec<DomainPlan>, disks: Vec<DiskPlan>) -> Result<Self, Failure> {
         let monitor = Arc::new(Monitor::start(Settings::default()).map_err(failed)?);
-        let control = Control::open(name, Arc::clone(&monitor))?;
+        let control = control::open(name, Arc::clone(&monitor))?;
         let store = StoreClient::new(monitor.store().connect().map_err(failed)?);
         let mut session = Session {
             _control: control,

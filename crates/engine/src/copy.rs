@@ -107,7 +107,15 @@ impl<H: Hypervisor> Processor<'_, H> {
                 status
             }
         };
-        vcpu.counters().status(status);
+        let grant = if item.flags.contains(CopyFlags::SOURCE_GREF) {
+            Some(&item.source)
+        } else if item.flags.contains(CopyFlags::DEST_GREF) {
+            Some(&item.dest)
+        } else {
+            None
+        };
+        let (peer, gref) = (grant.map(|side| side.domid), grant.map(|side| side.gref()));
+        vcpu.answer(&self.engine.hv, Op::Copy, peer, gref, status);
         status
     }
 

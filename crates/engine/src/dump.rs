@@ -24,8 +24,8 @@ impl<H: Hypervisor> Processor<'_, H> {
         let text = self
             .dump_target(vcpu, dom)
             .map(|dom| self.dump(dom).unwrap_or_default());
-        vcpu.counters()
-            .status(text.as_ref().err().copied().unwrap_or(GrantStatus::OKAY));
+        let status = text.as_ref().err().copied().unwrap_or(GrantStatus::OKAY);
+        vcpu.answer(&self.engine.hv, Op::DumpTable, Some(dom), None, status);
         text
     }
 

@@ -14,6 +14,7 @@
 
 use gnttab_abi::{CacheOp, DomId, EntryFlags, Errno, Gfn, MapFlags, Mfn};
 
+use crate::observe::Answered;
 use crate::shared::PageWords;
 
 /// What a use wants to do with a frame.
@@ -457,6 +458,13 @@ pub trait Hypervisor: Send + Sync + Sized {
     /// Monotonic time in nanoseconds, for the ages of mappings; 0 where there is no clock.
     fn now(&self) -> u64 {
         0
+    }
+
+    /// Called with each item that an operation has answered, where operations have statuses; does nothing,
+    /// at no cost, unless the embedder overrides it. The calling domain waits meanwhile.
+    #[inline(always)]
+    fn answered(&self, answered: &Answered) {
+        let _ = answered;
     }
 
     /// Called at each [`Hook`]; does nothing, at no cost, unless a test overrides it.

@@ -79,7 +79,7 @@ pub use hypervisor::{
     Resolved, StealError,
 };
 pub use memory_op::MemoryOutcome;
-pub use observe::{DomainView, EntryCounts, EntryView, EntryWords, MappingView};
+pub use observe::{Answered, DomainView, EntryCounts, EntryView, EntryWords, MappingView};
 pub use setup::{TableResource, TableSize};
 pub use shared::PageWords;
 pub use teardown::{InUse, Release, Retired};

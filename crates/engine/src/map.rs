@@ -81,7 +81,8 @@ impl<H: Hypervisor> Processor<'_, H> {
             }
             Err(status) => status,
         };
-        vcpu.counters().status(item.status);
+        let (peer, gref) = (Some(item.dom), Some(item.gref));
+        vcpu.answer(&self.engine.hv, Op::MapGrantRef, peer, gref, item.status);
     }
 
     fn map_one(

@@ -11,7 +11,7 @@ use gnttab_abi::{
 };
 
 use crate::active::PinCounts;
-use crate::domain::{Domain, Version};
+use crate::domain::{Domain, Vcpu, Version};
 use crate::engine::Processor;
 use crate::hypervisor::{DomainKind, Hypervisor};
 use crate::table::SharedEntry;
@@ -75,6 +75,44 @@ pub struct MappingView {
     pub born: u64,
 }
 
+/// One item of an operation, as it was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answered {
+    /// The domain that asked.
+    pub caller: DomId,
+    /// For what.
+    pub operation: Op,
+    /// The other domain, as far as it is known: a map's or an unmap's granter, whom a copy's grant is of, whom a
+    /// transfer is to, whose table is asked about.
+    pub peer: Option<DomId>,
+    /// The reference in the other domain's table (of [`Op::SwapGrantRef`]: in the caller's own), as far as it is known.
+    pub gref: Option<GrantRef>,
+    /// The answer.
+    pub status: GrantStatus,
+}
+
+impl<H: Hypervisor> Vcpu<H> {
+    /// Counts an answer, and tells the hypervisor of it.
+    #[inline]
+    pub(crate) fn answer(
+        &self,
+        hv: &H,
+        operation: Op,
+        peer: Option<DomId>,
+        gref: Option<GrantRef>,
+        status: GrantStatus,
+    ) {
+        self.counters().status(status);
+        hv.answered(&Answered {
+            caller: self.domain.id(),
+            operation,
+            peer,
+            gref,
+            status,
+        });
+    }
+}
+
 /// Entries of a table by state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EntryCounts {
@@ -90,6 +128,8 @@ pub struct EntryCounts {
     pub transitive: u32,
     /// In use by somebody, whatever the type says now.
     pub in_use: u32,
+    /// Of these, those whose type says free: withdrawn, and still in use.
+    pub withdrawn: u32,
 }
 
 /// A domain as an observer sees it.
@@ -191,6 +231,7 @@ impl<H: Hypervisor> Processor<'_, H> {
             *place += 1;
             if let Some(user) = entry.user {
                 entries.in_use += 1;
+                entries.withdrawn += u32::from(flags.kind() == EntryType::Invalid);
                 let PinCounts {
                     host_write,
                     host_read,

@@ -53,7 +53,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         vcpu.counters().operation(Op::SetupTable);
         let done = self.setup_table_one(vcpu, dom, nr_frames, capacity, store);
         let status = done.err().unwrap_or(GrantStatus::OKAY);
-        vcpu.counters().status(status);
+        vcpu.answer(&self.engine.hv, Op::SetupTable, Some(dom), None, status);
         status
     }
 
@@ -121,7 +121,8 @@ impl<H: Hypervisor> Processor<'_, H> {
     pub fn query_size(&mut self, vcpu: &Vcpu<H>, dom: DomId) -> Result<TableSize, GrantStatus> {
         vcpu.counters().operation(Op::QuerySize);
         let result = self.query_size_one(vcpu, dom);
-        vcpu.counters().status(result.err().unwrap_or(GrantStatus::OKAY));
+        let status = result.err().unwrap_or(GrantStatus::OKAY);
+        vcpu.answer(&self.engine.hv, Op::QuerySize, Some(dom), None, status);
         result
     }
 
@@ -151,7 +152,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         vcpu.counters().operation(Op::GetStatusFrames);
         let done = self.get_status_frames_one(vcpu, dom, nr_frames, capacity, store);
         let status = done.err().unwrap_or(GrantStatus::OKAY);
-        vcpu.counters().status(status);
+        vcpu.answer(&self.engine.hv, Op::GetStatusFrames, Some(dom), None, status);
         status
     }
 

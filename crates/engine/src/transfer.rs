@@ -32,7 +32,8 @@ impl<H: Hypervisor> Processor<'_, H> {
             Ok(()) => GrantStatus::OKAY,
             Err(status) => status,
         };
-        vcpu.counters().status(status);
+        let (peer, gref) = (Some(item.domid), Some(item.gref));
+        vcpu.answer(&self.engine.hv, Op::Transfer, peer, gref, status);
         status
     }
 

@@ -93,7 +93,11 @@ impl<H: Hypervisor> Processor<'_, H> {
     ) -> (GrantStatus, Option<Removed>) {
         vcpu.counters().operation(op);
         let (status, removed) = self.unmap_one(vcpu, request);
-        vcpu.counters().status(status);
+        let (peer, gref) = match &removed {
+            Some(removed) => (Some(removed.granter), Some(removed.gref)),
+            None => (None, None),
+        };
+        vcpu.answer(&self.engine.hv, op, peer, gref, status);
         (status, removed)
     }
 

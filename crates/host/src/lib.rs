@@ -89,6 +89,7 @@ pub mod sys;
 
 pub mod area;
 pub mod confine;
+pub mod control;
 pub mod hostile;
 pub mod launch;
 pub mod monitor;

@@ -28,6 +28,7 @@ mod join;
 mod life;
 mod machine;
 mod memory;
+mod news;
 mod ports;
 mod tables;
 mod vcpu;
@@ -49,7 +50,8 @@ use gnttab_xenstore::Quotas;
 use gnttab_xenstore::server::{self, ServerError, ServerHandle};
 use rustix::io::Errno;
 
-pub use view::{Counters, DomainInfo, GrantInfo, MappingInfo, PortInfo, State};
+pub use news::{BadFilter, EventInfo, EventKind, Filter, Heard, Watch};
+pub use view::{Counters, DomainInfo, Entries, GrantInfo, MachineInfo, MappingInfo, PortInfo, State};
 
 use crate::area::Closer;
 use crate::confine::Isolation;
@@ -226,11 +228,11 @@ pub enum MonitorError {
 }
 
 impl MonitorError {
-    fn io(what: &'static str) -> impl FnOnce(io::Error) -> MonitorError {
+    pub(crate) fn io(what: &'static str) -> impl FnOnce(io::Error) -> MonitorError {
         move |source| MonitorError::Io { what, source }
     }
 
-    fn errno(what: &'static str) -> impl FnOnce(Errno) -> MonitorError {
+    pub(crate) fn errno(what: &'static str) -> impl FnOnce(Errno) -> MonitorError {
         move |errno| MonitorError::Io {
             what,
             source: errno.into(),
@@ -247,11 +249,28 @@ pub struct Ended {
     pub crashed: Option<&'static str>,
 }
 
+/// `killed by signal 9`, `exit code 0`.
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use std::os::unix::process::ExitStatusExt as _;
+        match (self.crashed, self.status) {
+            (Some(why), _) => write!(f, "ended by the monitor: {why}"),
+            (None, Some(status)) => match (status.code(), status.signal()) {
+                (Some(code), _) => write!(f, "exit code {code}"),
+                (None, Some(signal)) => write!(f, "killed by signal {signal}"),
+                (None, None) => f.write_str("ended"),
+            },
+            (None, None) => f.write_str("hung up"),
+        }
+    }
+}
+
 /// A running monitor. Dropping it ends every domain.
 pub struct Monitor {
     doors: Mutex<Vec<Door>>,
     shared: Arc<Shared>,
     undertaker: Option<JoinHandle<()>>,
+    herald: Option<JoinHandle<()>>,
 }
 
 impl fmt::Debug for Monitor {
@@ -276,6 +295,9 @@ struct Shared {
     ended: Condvar,
     /// Held while the service processor is in use.
     service: Mutex<()>,
+    /// Held while the observers' processor is in use.
+    observing: Mutex<()>,
+    started: Instant,
 }
 
 #[derive(Debug, Default)]
@@ -326,7 +348,7 @@ impl Monitor {
     pub fn start(mut settings: Settings) -> Result<Monitor, MonitorError> {
         sys::raise_descriptor_limit();
         sys::become_undumpable().map_err(MonitorError::errno("PR_SET_DUMPABLE"))?;
-        settings.engine.processors = settings.max_vcpus + 1;
+        settings.engine.processors = settings.max_vcpus + 2;
         let mut store = server::Server::new(settings.quotas);
         if let Some(socket) = &settings.store_socket {
             store = store.listen(socket)?;
@@ -354,17 +376,27 @@ impl Monitor {
             }),
             ended: Condvar::new(),
             service: Mutex::new(()),
+            observing: Mutex::new(()),
+            started: Instant::now(),
         });
         let watched = Arc::clone(&shared);
         let undertaker = thread::Builder::new()
             .name("undertaker".into())
             .spawn(move || watched.watch())
             .map_err(MonitorError::io("thread"))?;
-        Ok(Monitor {
+        let told = Arc::clone(&shared);
+        let herald = thread::Builder::new()
+            .name("herald".into())
+            .spawn(move || told.herald());
+        // From here on its drop ends what was started.
+        let mut monitor = Monitor {
             doors: Mutex::default(),
             shared,
             undertaker: Some(undertaker),
-        })
+            herald: None,
+        };
+        monitor.herald = Some(herald.map_err(MonitorError::io("thread"))?);
+        Ok(monitor)
     }
 
     /// Makes a domain and starts its program. When this returns, the program runs.
@@ -443,14 +475,25 @@ impl Drop for Monitor {
         if let Some(undertaker) = self.undertaker.take() {
             let _ = undertaker.join();
         }
+        self.shared.engine.hypervisor().news.stop();
+        if let Some(herald) = self.herald.take() {
+            let _ = herald.join();
+        }
     }
 }
 
 impl Shared {
-    /// Acts in the engine for an observer or a burial.
+    /// Acts in the engine for a burial.
     fn with_processor<T>(&self, act: impl FnOnce(&mut Processor<'_, Machine>) -> T) -> Option<T> {
         let _held = self.service.lock().unwrap_or_else(PoisonError::into_inner);
         let mut processor = self.engine.processor(SERVICE_PROCESSOR)?;
         Some(act(&mut processor))
+    }
+
+    /// Looks at the engine. Observers wait for each other, and nobody else for them.
+    fn observe<T>(&self, look: impl FnOnce(&mut Processor<'_, Machine>) -> T) -> Option<T> {
+        let _held = self.observing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut processor = self.engine.processor(self.settings.max_vcpus + 1)?;
+        Some(look(&mut processor))
     }
 }

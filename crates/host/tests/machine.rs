@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use gnttab_abi::DomId;
 use gnttab_host::hostile::Attempt;
 use gnttab_host::launch::{self, Code, Program, Start};
-use gnttab_host::monitor::{Counters, DomainSpec, Ended, Monitor, MonitorError, Settings, State};
+use gnttab_host::monitor::{
+    Counters, DomainSpec, Ended, EventKind, Filter, Heard, Monitor, MonitorError, Settings, State,
+};
 use gnttab_host::protocol::Join;
 use gnttab_host::runtime::JoinError;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         nothing_is_leaked_when_domains_are_killed_at_any_instant,
         a_program_joins_over_a_socket_and_is_not_called_isolated,
         an_executable_is_a_domain_too,
+        what_happens_is_told_in_order,
         dropping_the_monitor_ends_every_domain,
         killing_the_monitor_ends_every_domain,
     ];
@@ -125,6 +128,64 @@ fn a_page_is_granted_mapped_written_ended_and_renewed() -> Result<(), Failed> {
     let grantee = machine.start("grantee", &["1"])?;
     assert_eq!(machine.finish(grantee)?.trim(), "saw hello, wrote world");
     assert_eq!(machine.finish(granter)?.trim(), "saw world, got the page back");
+    Ok(())
+}
+
+/// Who watches hears of a grant's whole life, of refusals and of deaths, each with who and what.
+fn what_happens_is_told_in_order() -> Result<(), Failed> {
+    let machine = Machine::new()?;
+    let all = machine.monitor.watch(Filter::default())?;
+    let refusals = machine.monitor.watch(Filter {
+        events: vec![EventKind::Refused],
+        ..Filter::default()
+    })?;
+    let granter = machine.start("slow granter", &["2"])?;
+    let grantee = machine.start("grantee", &["1"])?;
+    machine.finish(grantee)?;
+    machine.finish(granter)?;
+    let glutton = machine.start("glutton", &["1"])?;
+    machine.monitor.destroy(glutton.id)?;
+    let mut told = Vec::new();
+    let mut deaths = 0;
+    while deaths < 3 {
+        match all.next(PATIENCE).ok_or("nothing more is told")? {
+            Heard::Event(event) => {
+                deaths += u32::from(event.event == EventKind::Died);
+                told.push(event);
+            }
+            Heard::Dropped(count) => return Err(format!("{count} events were dropped").into()),
+        }
+    }
+    let life: Vec<_> = told
+        .iter()
+        .filter(|event| event.gref == Some(8) && event.event != EventKind::Refused)
+        .map(|event| (event.event, event.domain, event.peer))
+        .collect();
+    assert_eq!(
+        life,
+        [
+            (EventKind::Granted, 1, Some(2)),
+            (EventKind::Mapped, 2, Some(1)),
+            (EventKind::Unmapped, 2, Some(1)),
+            (EventKind::Ended, 1, Some(2)),
+        ],
+        "{told:?}"
+    );
+    let died = |domain| {
+        let mut deaths = told.iter().filter(|event| event.event == EventKind::Died);
+        deaths
+            .find(|event| event.domain == domain)
+            .and_then(|event| event.detail.as_deref())
+    };
+    assert_eq!(died(1), Some("exit code 0"));
+    assert_eq!(died(3), Some("killed by signal 9"));
+    assert!(
+        told.windows(2)
+            .all(|pair| pair[0].time_ms <= pair[1].time_ms + 60)
+    );
+    while let Some(Heard::Event(event)) = refusals.next(Duration::ZERO) {
+        assert_eq!(event.event, EventKind::Refused);
+    }
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use crate::hypervisor::{
     Access, FrameOwner, Hook, HostError, HostMapping, HostUnmapping, Hypervisor, ResolveError, Resolved,
     StealError,
 };
+use crate::observe::Answered;
 
 /// Whether a request goes through.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -571,6 +572,10 @@ where
 
     fn now(&self) -> u64 {
         self.tell(Request::Now, H::now, |now| Answer::Time(*now))
+    }
+
+    fn answered(&self, answered: &Answered) {
+        self.hv.answered(answered);
     }
 
     fn hook(&self, hook: Hook) {

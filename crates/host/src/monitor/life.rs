@@ -24,13 +24,13 @@ use crate::launch::{Launched, Program};
 use crate::protocol::{ABI, Hello, Notice, NoticeKind};
 use crate::sys::Channel;
 
-/// Handles looked at in one step of a burial, so that no observer waits for it long.
+/// Handles looked at in one step of a burial, so that another one does not wait for it long.
 const RELEASE_BUDGET: u32 = 1024;
 /// The token of the monitor's own doorbell.
 pub(super) const DOORBELL: u64 = u64::MAX;
 /// Added to a domain's number: the token of its channel. Without it: of its process.
 const CHANNEL: u64 = 1 << 32;
-/// The engine's processor that observers and burials use; threads of vCPUs have the others.
+/// The engine's processor that burials use; threads of vCPUs have the next ones, observers the last.
 pub(super) const SERVICE_PROCESSOR: usize = 0;
 /// Ends of domains that are remembered.
 const REMEMBERED: usize = 1024;
@@ -452,7 +452,10 @@ impl Shared {
             state.processors.remove(&number);
         }
         state.busy.remove(&id);
-        state.ended.insert(id, Ended { status, crashed });
+        let ended = Ended { status, crashed };
+        let news = &self.engine.hypervisor().news;
+        news.died(id, || ended.to_string());
+        state.ended.insert(id, ended);
         while state.ended.len() > REMEMBERED {
             state.ended.pop_first();
         }

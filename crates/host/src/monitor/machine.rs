@@ -8,10 +8,12 @@ use std::time::Instant;
 
 use gnttab_abi::{DomId, Errno, Gfn, MapFlags, Mfn, PAGE_SIZE};
 use gnttab_engine::{
-    Access as Wanted, FrameOwner, HostError, HostMapping, HostUnmapping, Hypervisor, ResolveError, Resolved,
+    Access as Wanted, Answered, FrameOwner, HostError, HostMapping, HostUnmapping, Hypervisor, ResolveError,
+    Resolved,
 };
 
 use super::memory::{Handout, Memory, NotMappable, mfn, parts};
+use super::news::News;
 use super::ports::Ports;
 use super::tables::{TablePage, Tables};
 use crate::protocol::{Notice, NoticeKind};
@@ -173,6 +175,8 @@ pub(crate) struct Machine {
     started: Instant,
     /// What domains had printed, newest last.
     console: Mutex<String>,
+    /// What happens, for those who watch.
+    pub(super) news: News,
 }
 
 /// Bytes of console text that are kept.
@@ -185,6 +189,7 @@ impl Machine {
             next_memory: AtomicU64::new(1),
             started: Instant::now(),
             console: Mutex::new(String::new()),
+            news: News::new(),
         }
     }
 
@@ -359,6 +364,11 @@ impl Hypervisor for Machine {
 
     fn now(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    #[inline]
+    fn answered(&self, answered: &Answered) {
+        self.news.answered(answered);
     }
 }
 

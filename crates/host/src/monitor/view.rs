@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use gnttab_abi::{DomId, EntryType, GrantRef, MapFlags};
-use gnttab_engine::{DomainView, EntryView, EntryWords, Hypervisor};
+use gnttab_abi::{DomId, EntryType, GrantRef, MapFlags, V1_ENTRIES_PER_PAGE, V2_ENTRIES_PER_PAGE};
+use gnttab_engine::{DomainView, EntryCounts, EntryView, EntryWords, Hypervisor, Version};
 use serde::{Deserialize, Serialize};
 
 use super::{Monitor, MonitorError, Running, Shared};
@@ -50,6 +50,8 @@ pub struct DomainInfo {
     pub granted: u32,
     /// Entries that somebody uses.
     pub in_use: u32,
+    /// Entries by kind.
+    pub entries: Entries,
     /// Pins on its entries, by the domain that holds them.
     pub pinned_by: BTreeMap<u16, u32>,
     /// Mappings that it holds, by granter.
@@ -64,6 +66,42 @@ pub struct DomainInfo {
     pub statuses: BTreeMap<String, u64>,
     /// Its event channels.
     pub ports: Vec<PortInfo>,
+}
+
+/// How many entries of a table are what.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entries {
+    /// In all, in the frames that there are.
+    pub total: u32,
+    /// In all, with every frame that there may be.
+    pub most: u64,
+    /// Free, and used by nobody.
+    pub free: u32,
+    /// Granted, whole pages.
+    pub permit_access: u32,
+    /// Granted, parts of pages.
+    pub sub_page: u32,
+    /// Waiting for, or done with, a transfer.
+    pub accept_transfer: u32,
+    /// Passing another domain's grant on.
+    pub transitive: u32,
+    /// Withdrawn, and still in use.
+    pub withdrawn: u32,
+}
+
+/// The machine as a whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineInfo {
+    /// The version of the program that runs it.
+    pub program: String,
+    /// The monitor's process.
+    pub pid: u32,
+    /// How long it has been running, in milliseconds.
+    pub age_ms: u64,
+    /// vCPUs of all domains together, and how many there may be.
+    pub vcpus: (usize, usize),
+    /// What it holds in all.
+    pub holds: Counters,
 }
 
 /// An event channel, from one side.
@@ -166,6 +204,30 @@ impl Monitor {
         self.shared.mappings(id).ok_or(MonitorError::NoDomain(id))
     }
 
+    /// The mappings of a domain's pages, by others or itself, with who has them.
+    #[must_use]
+    pub fn mapped_by(&self, id: DomId) -> Vec<(DomId, MappingInfo)> {
+        let of_all = self.shared.engine.domains().map(|other| {
+            let mut theirs = self.shared.mappings(other).unwrap_or_default();
+            theirs.retain(|mapping| mapping.granter == id.0);
+            theirs.into_iter().map(move |mapping| (other, mapping))
+        });
+        of_all.flatten().collect()
+    }
+
+    /// The machine as a whole.
+    #[must_use]
+    pub fn machine(&self) -> MachineInfo {
+        let vcpus = self.shared.state().processors.len();
+        MachineInfo {
+            program: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            age_ms: u64::try_from(self.shared.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            vcpus: (vcpus, self.shared.settings.max_vcpus),
+            holds: self.counters(),
+        }
+    }
+
     /// A domain's table as the debug key of a hypervisor prints it.
     ///
     /// # Errors
@@ -189,7 +251,7 @@ impl Monitor {
 
 impl Shared {
     pub(crate) fn info(&self, id: DomId) -> Option<DomainInfo> {
-        let view = self.with_processor(|processor| processor.observe(id))??;
+        let view = self.observe(|processor| processor.observe(id))??;
         let domain = self.engine.domain(id)?;
         let guest = domain.private();
         let state = self.state();
@@ -218,6 +280,7 @@ impl Shared {
             grant_frames: (view.frames, view.max_frames),
             granted: granted(&view),
             in_use: view.entries.in_use,
+            entries: entries(&view),
             handles: (view.handles, view.max_handles),
             operations: some(view.operations.iter().map(|(op, count)| (op.name(), *count))),
             statuses: some(
@@ -231,7 +294,7 @@ impl Shared {
     }
 
     pub(crate) fn grants(&self, id: DomId) -> Option<Vec<GrantInfo>> {
-        self.with_processor(|processor| {
+        self.observe(|processor| {
             processor.engine().domain(id)?;
             let entries = (0..).map_while(|gref| processor.entry(id, GrantRef(gref)));
             let busy = entries.filter(|entry| entry.user.is_some() || kind(entry) != EntryType::Invalid);
@@ -253,7 +316,7 @@ impl Shared {
     }
 
     pub(crate) fn dump(&self, id: DomId) -> Option<String> {
-        self.with_processor(|processor| processor.dump(id))?
+        self.observe(|processor| processor.dump(id))?
     }
 
     pub(crate) fn counters(&self) -> Counters {
@@ -272,6 +335,32 @@ impl Shared {
 
 fn age_ms(running: &Running) -> u64 {
     u64::try_from(running.since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+fn entries(view: &DomainView) -> Entries {
+    let EntryCounts {
+        invalid,
+        permit_access,
+        sub_page,
+        accept_transfer,
+        transitive,
+        withdrawn,
+        ..
+    } = view.entries;
+    let per_frame = match view.version {
+        Version::V1 => V1_ENTRIES_PER_PAGE,
+        Version::V2 => V2_ENTRIES_PER_PAGE,
+    };
+    Entries {
+        total: view.frames.saturating_mul(per_frame),
+        most: u64::from(view.max_frames) * u64::from(per_frame),
+        free: invalid.saturating_sub(withdrawn),
+        permit_access,
+        sub_page,
+        accept_transfer,
+        transitive,
+        withdrawn,
+    }
 }
 
 fn granted(view: &DomainView) -> u32 {

@@ -1,6 +1,7 @@
 //! A socket in the file system by which programs of the same user reach the monitor.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FileType;
@@ -12,7 +13,7 @@ use super::Channel;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
-/// A listening `SOCK_SEQPACKET` socket. Its path goes with it.
+/// A listening socket, of packets ([`Channel`]s) or of a stream. Its path goes with it.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
@@ -20,18 +21,30 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at a path. A socket that nobody listens at any more is replaced.
+    /// Listens at a path for [`Channel`]s. A socket that nobody listens at any more is replaced.
     ///
     /// # Errors
     /// `EADDRINUSE` when somebody listens there or it is no socket; the kernel's for a path that cannot be.
     pub fn bind(path: &Path) -> Result<Listener, Errno> {
+        Listener::bind_type(path, SocketType::SEQPACKET)
+    }
+
+    /// As [`Self::bind`], for streams.
+    ///
+    /// # Errors
+    /// As [`Self::bind`].
+    pub fn bind_stream(path: &Path) -> Result<Listener, Errno> {
+        Listener::bind_type(path, SocketType::STREAM)
+    }
+
+    fn bind_type(path: &Path, kind: SocketType) -> Result<Listener, Errno> {
         let address = SocketAddrUnix::new(path)?;
-        let socket = socket()?;
+        let socket = socket(kind)?;
         match net::bind(&socket, &address) {
             Err(Errno::ADDRINUSE) => {
                 // Who is there answers; a socket that refuses is left over. So refuses a file.
                 let is_socket = FileType::from_raw_mode(rustix::fs::lstat(path)?.st_mode) == FileType::Socket;
-                match net::connect(&self::socket()?, &address) {
+                match net::connect(&self::socket(kind)?, &address) {
                     Err(Errno::CONNREFUSED) if is_socket => rustix::fs::unlink(path)?,
                     _ => return Err(Errno::ADDRINUSE),
                 }
@@ -52,12 +65,24 @@ impl Listener {
     /// # Errors
     /// `EACCES` for another user's, `EAGAIN` when there is none; the kernel's.
     pub fn accept(&self) -> Result<Channel, Errno> {
+        self.accept_socket().map(Channel::from_socket)
+    }
+
+    /// As [`Self::accept`], of a socket for streams.
+    ///
+    /// # Errors
+    /// As [`Self::accept`].
+    pub fn accept_stream(&self) -> Result<UnixStream, Errno> {
+        self.accept_socket().map(UnixStream::from)
+    }
+
+    fn accept_socket(&self) -> Result<OwnedFd, Errno> {
         let socket = net::accept_with(&self.socket, SocketFlags::CLOEXEC)?;
         let peer = net::sockopt::socket_peercred(&socket)?.uid;
         if peer != rustix::process::geteuid() && !peer.is_root() {
             return Err(Errno::ACCESS);
         }
-        Ok(Channel::from_socket(socket))
+        Ok(socket)
     }
 }
 
@@ -67,19 +92,14 @@ impl Channel {
     /// # Errors
     /// `ENOENT` or `ECONNREFUSED` when nobody listens there.
     pub fn connect(path: &Path) -> Result<Channel, Errno> {
-        let socket = socket()?;
+        let socket = socket(SocketType::SEQPACKET)?;
         net::connect(&socket, &SocketAddrUnix::new(path)?)?;
         Ok(Channel::from_socket(socket))
     }
 }
 
-fn socket() -> Result<OwnedFd, Errno> {
-    net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
+fn socket(kind: SocketType) -> Result<OwnedFd, Errno> {
+    net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)
 }
 
 impl AsFd for Listener {

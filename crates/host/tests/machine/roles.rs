@@ -29,6 +29,11 @@ use rustix::thread::futex;
 
 pub(crate) const ROLES: &[(&str, Role)] = &[
     ("granter", |start| end(granter(start))),
+    ("slow granter", |start| {
+        let outcome = granter(start);
+        std::thread::sleep(Duration::from_millis(300));
+        end(outcome)
+    }),
     ("grantee", |start| end(grantee(start))),
     ("hostile", |start| end(hostile(start))),
     ("victim", |start| end(victim(start))),
