@@ -2,12 +2,17 @@
 
 #![expect(clippy::tests_outside_test_module, reason = "this whole file is tests")]
 
+use std::cell::RefCell;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 
 use gnttab_abi::Abi;
-use gnttab_io::blkif::{DiskInfo, Io, OneShot};
-use gnttab_io::fake::{RamDisk, Rig, RigConfig};
+use gnttab_io::blkif::{
+    BackendConfig, BackendQueue, DeviceProperties, Disk, DiskError, DiskInfo, FrontendConfig, FrontendQueue,
+    Io, OneShot,
+};
+use gnttab_io::fake::{Event, FakeDomain, RamDisk, Rig, RigConfig};
+use gnttab_io::shared::{SharedSlice, SharedSliceMut};
 
 /// A small generator, so that every run does the same.
 struct Random(u64);
@@ -251,4 +256,100 @@ fn operations_of_many_requests_survive_a_reconnect_whole() {
             assert!(written.iter().all(|byte| *byte == fill));
         }
     }
+}
+
+/// A disk that notes, at each call, how many events the backend has sent so far.
+struct Watching<'a> {
+    disk: RamDisk,
+    event: &'a Event,
+    seen: RefCell<Vec<(&'static str, u64)>>,
+}
+
+impl Watching<'_> {
+    fn note(&self, call: &'static str) {
+        self.seen.borrow_mut().push((call, self.event.sent()));
+    }
+}
+
+impl Disk for Watching<'_> {
+    fn info(&self) -> DiskInfo {
+        self.disk.info()
+    }
+
+    fn read(&self, sector: u64, into: &[SharedSliceMut<'_>]) -> Result<(), DiskError> {
+        self.note("read");
+        self.disk.read(sector, into)
+    }
+
+    fn write(&self, sector: u64, from: &[SharedSlice<'_>]) -> Result<(), DiskError> {
+        self.note("write");
+        self.disk.write(sector, from)
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        self.note("flush");
+        self.disk.flush()
+    }
+
+    fn discard(&self, sector: u64, count: u64, secure: bool) -> Result<(), DiskError> {
+        self.disk.discard(sector, count, secure)
+    }
+}
+
+/// Rule 6 of the backend: an event waits for further answers, not for ever, not for a flush, not for nothing.
+#[test]
+fn an_event_waits_for_answers_at_hand_and_for_nothing_else() {
+    let event = Event::new();
+    let disk = Watching {
+        disk: RamDisk::new(2048),
+        event: &event,
+        seen: RefCell::default(),
+    };
+    let domain = FakeDomain::new();
+    let mut front = FrontendQueue::new(domain.granter(), FrontendConfig::new(Abi::X86_64));
+    let ring = front.open(1, Event::new()).unwrap();
+    let config = BackendConfig::new(Abi::X86_64, true);
+    let mut back = BackendQueue::connect(domain.grantee(), &ring, config, disk.info()).unwrap();
+    front.start(DeviceProperties {
+        disk: disk.info(),
+        barrier: false,
+        persistent: true,
+        max_indirect: 32,
+    });
+    let mut run = |ios: Vec<Io>| {
+        let count = ios.len();
+        disk.seen.borrow_mut().clear();
+        let before = event.sent();
+        for (token, io) in (0..).zip(ios) {
+            front.submit(token, io).unwrap();
+        }
+        front.kick();
+        back.process(&disk, &mut event.clone(), 64).unwrap();
+        assert_eq!(std::iter::from_fn(|| front.poll().unwrap()).count(), count);
+        let seen: Vec<_> = disk
+            .seen
+            .borrow()
+            .iter()
+            .map(|&(call, sent)| (call, sent - before))
+            .collect();
+        (seen, event.sent() - before)
+    };
+    let read = |pages: usize| Io::Read {
+        sector: 0,
+        data: vec![0; pages * 4096],
+    };
+
+    // Nothing else at hand: told at once, once.
+    assert_eq!(run(vec![read(1)]), (vec![("read", 0)], 1));
+    // Four at hand: one event, after the last.
+    let four = (0..4).map(|_| read(1)).collect();
+    assert_eq!(run(four), (vec![("read", 0); 4], 1));
+    // A flush may take long: what is answered before it is told before it.
+    let (seen, sent) = run(vec![read(1), Io::Flush]);
+    assert_eq!((seen, sent), (vec![("read", 0), ("flush", 1)], 1));
+    // Not for ever: the seventeenth is served after the event; so is what follows 128 KiB.
+    let (seen, _) = run((0..20).map(|_| read(1)).collect());
+    assert_eq!((seen[15], seen[16]), (("read", 0), ("read", 1)));
+    let (seen, _) = run(vec![read(32), read(32)]);
+    assert_eq!(seen, [("read", 0), ("read", 1)]);
 }

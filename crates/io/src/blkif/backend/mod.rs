@@ -10,7 +10,9 @@
 //!    unmapped before, on every path.
 //! 4. A call of [`BackendQueue::process`] serves at most as many requests as it was told to.
 //! 5. A ring that makes no sense is an error that ends this connection and concerns nobody else.
-//! 6. All mappings go when the queue is dropped (PVR-9).
+//! 6. Answers are visible to the peer at once; the event that it asked for may wait for further answers, but
+//!    never while nothing is being served, nor while something slower than moving data is.
+//! 7. All mappings go when the queue is dropped (PVR-9).
 //!
 //! With persistent grants the working set of pages stays mapped, and a request costs a look-up for each page
 //! and one disk operation: no hypercall. Requests of one queue are served one after the other, which keeps
@@ -29,7 +31,7 @@ use self::server::Server;
 pub use self::types::{BackendConfig, BackendStats, ConnectError, Failure, OneShot, Progress};
 use super::disk::{Disk, DiskInfo};
 use super::layout::{Slot, response_size, slot_size};
-use super::request::answer;
+use super::request::{Operation, answer};
 use crate::grants::{Grantee, Notify};
 use crate::ring::{BackRing, RingBroken};
 
@@ -53,6 +55,37 @@ pub struct BackendQueue<G: Grantee> {
     // `None` only while the queue is dropped.
     ring: Option<BackRing<G::Mapping>>,
     server: Server<G>,
+}
+
+/// Most answers that an event waits for, and most bytes that are moved meanwhile. A peer that is woken for
+/// every answer spends its time on waking up; one that waits for long loses the time in which it could have
+/// worked on what it has.
+const HELD_ANSWERS: u32 = 16;
+const HELD_BYTES: u64 = 128 << 10;
+
+/// The peer's event, while it waits for more answers.
+struct HeldEvent {
+    /// The peer has asked for it.
+    owed: bool,
+    /// Answers since the last one.
+    answers: u32,
+    /// Bytes that had been moved then.
+    since: u64,
+}
+
+impl HeldEvent {
+    fn is_due(&self, stats: &BackendStats) -> bool {
+        self.answers >= HELD_ANSWERS || stats.bytes() - self.since >= HELD_BYTES
+    }
+
+    /// Sends the event, if it is owed; the next one begins to wait.
+    fn send(&mut self, stats: &mut BackendStats, port: &mut impl Notify) {
+        if core::mem::take(&mut self.owed) {
+            stats.notifications += 1;
+            port.notify();
+        }
+        (self.answers, self.since) = (0, stats.bytes());
+    }
 }
 
 impl<G: Grantee> BackendQueue<G> {
@@ -101,28 +134,15 @@ impl<G: Grantee> BackendQueue<G> {
                 more: false,
             });
         };
-        let abi = server.config.abi;
-        let mut slot = Slot::new(abi);
-        let mut served = 0;
-        loop {
-            while served < budget
-                && let Some(owed) = ring.take(slot.bytes_mut())?
-            {
-                let status = server.serve(&slot, disk);
-                ring.respond(owed, &answer(&slot, status).to_bytes()[..response_size(abi)]);
-                if ring.publish() {
-                    server.stats.notifications += 1;
-                    port.notify();
-                }
-                served += 1;
-            }
-            if served >= budget {
-                return Ok(Progress { served, more: true });
-            }
-            if !ring.final_check()? {
-                return Ok(Progress { served, more: false });
-            }
-        }
+        let mut event = HeldEvent {
+            owed: false,
+            answers: 0,
+            since: server.stats.bytes(),
+        };
+        let outcome = serve_all(ring, server, disk, port, budget, &mut event);
+        // On every way out: a peer that asked for an event gets it.
+        event.send(&mut server.stats, port);
+        outcome
     }
 
     /// Tells the queue the time, in milliseconds from any start: from time to time it lets go of persistent
@@ -157,6 +177,50 @@ impl<G: Grantee> BackendQueue<G> {
 
     /// Unmaps everything, as dropping does.
     pub fn disconnect(self) {}
+}
+
+/// Serves up to `budget` requests; an event may still be held afterwards.
+fn serve_all<G: Grantee>(
+    ring: &mut BackRing<G::Mapping>,
+    server: &mut Server<G>,
+    disk: &impl Disk,
+    port: &mut impl Notify,
+    budget: u32,
+    event: &mut HeldEvent,
+) -> Result<Progress, RingBroken> {
+    let abi = server.config.abi;
+    let mut slot = Slot::new(abi);
+    let mut served = 0;
+    loop {
+        while served < budget
+            && let Some(owed) = ring.take(slot.bytes_mut())?
+        {
+            if !moves_data(&slot) {
+                event.send(&mut server.stats, port);
+            }
+            let status = server.serve(&slot, disk);
+            ring.respond(owed, &answer(&slot, status).to_bytes()[..response_size(abi)]);
+            event.owed |= ring.publish();
+            event.answers += 1;
+            if event.is_due(&server.stats) {
+                event.send(&mut server.stats, port);
+            }
+            served += 1;
+        }
+        if served >= budget {
+            return Ok(Progress { served, more: true });
+        }
+        if !ring.final_check()? {
+            return Ok(Progress { served, more: false });
+        }
+    }
+}
+
+/// Whether a request is a plain read or write, by what its slot says.
+fn moves_data(slot: &Slot) -> bool {
+    [Operation::Read, Operation::Write, Operation::Indirect]
+        .iter()
+        .any(|operation| operation.code() == slot.operation())
 }
 
 impl<G: Grantee> fmt::Debug for BackendQueue<G> {

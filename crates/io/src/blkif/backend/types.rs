@@ -78,6 +78,14 @@ pub struct BackendStats {
     pub notifications: u64,
 }
 
+impl BackendStats {
+    /// Bytes moved, either way.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.bytes_read + self.bytes_written
+    }
+}
+
 /// Why a request failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
