@@ -82,8 +82,8 @@ impl PinCounts {
     }
 }
 
-/// A value of the state word.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// A value of the state word; by default that of an entry nobody uses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct State(u64);
 
 impl State {

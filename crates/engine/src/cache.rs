@@ -93,7 +93,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         let end = from.saturating_add(STEP).min(view.entries());
         for gref in from..end {
             let Some(entry) = view.entry(GrantRef(gref)) else {
-                break;
+                continue;
             };
             let state = entry.active.load();
             if state.is_pinned() && state.grantee() == caller && entry.active.mfn() == mfn {

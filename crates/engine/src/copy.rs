@@ -20,10 +20,12 @@ use crate::active::{Extra, Pins, State, UseKind};
 use crate::claim::{Wanted, begin_use, end_use, marks_to_clear};
 use crate::domain::{Domain, Reference, Vcpu, Version};
 use crate::engine::Processor;
-use crate::hypervisor::{Access, FrameOwner, Hook, Hypervisor};
+use crate::hypervisor::{Access, FrameOwner, Hook, Hypervisor, Resolved};
 use crate::map::status_of;
+use crate::registry::Visit;
 use crate::sync::Ordering;
 use crate::table::{Entry, SharedEntry};
+use crate::unmap::put;
 
 /// Times that a transitive item starts over when its entry changes underneath, before it fails
 /// with *general_error* (D-4). Each restart needs the granter to interfere once more.
@@ -56,8 +58,8 @@ pub(crate) struct Run<H: Hypervisor> {
     dest: Option<Buffer>,
 }
 
-/// Source and destination domain: as written, and who they are.
-type Pair<H> = ((DomId, DomId), Arc<Domain<H>>, Arc<Domain<H>>);
+/// Source and destination domain: as written, and who they are; `None` is the caller.
+type Pair<H> = ((DomId, DomId), Option<Arc<Domain<H>>>, Option<Arc<Domain<H>>>);
 
 impl<H: Hypervisor> Run<H> {
     pub(crate) fn new() -> Run<H> {
@@ -77,6 +79,8 @@ struct Grip {
     mfn: Mfn,
     start: u32,
     end: u32,
+    /// Whether the writable type was had with the reference; `None`: not asked for.
+    typed: Option<bool>,
 }
 
 fn pins_of(access: Access) -> Pins {
@@ -90,13 +94,16 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// Copies bytes through grants, item after item. Every item's `status` is written; bytes move
     /// only for *okay*.
     pub fn copy(&mut self, vcpu: &Vcpu<H>, items: &mut [Copy]) {
+        let mut visit = self.visit();
         let mut run = Run::new();
         for item in items {
-            item.status = self.copy_item(vcpu, &mut run, item);
+            item.status = visit.copy_item(vcpu, &mut run, item);
         }
-        self.end_copy(&mut run);
+        visit.end_copy(&mut run);
     }
+}
 
+impl<H: Hypervisor> Visit<'_, H> {
     /// One item, with what the call has kept so far.
     pub(crate) fn copy_item(&mut self, vcpu: &Vcpu<H>, run: &mut Run<H>, item: &Copy) -> GrantStatus {
         vcpu.counters().operation(Op::Copy);
@@ -170,12 +177,14 @@ impl<H: Hypervisor> Processor<'_, H> {
         if !within(&item.source, source_range) || !within(&item.dest, (dest.start, dest.end)) {
             return Err(GrantStatus::GENERAL_ERROR);
         }
-        // 7
+        // 7, outside: whoever wants a table alone need not wait for the bytes
+        self.leave();
         engine.hv.hook(Hook::CopyMapped);
         engine
             .hv
             .copy((from, item.source.offset), (dest.mfn, item.dest.offset), item.len);
         if let Some((_, _, owner)) = &run.pair {
+            let owner = owner.as_ref().unwrap_or(caller);
             engine.hv.mark_dirty(owner.private(), dest.mfn);
         }
         Ok(())
@@ -197,10 +206,11 @@ impl<H: Hypervisor> Processor<'_, H> {
         }
         let source = self.copy_domain(caller, pair.0)?;
         let dest = self.copy_domain(caller, pair.1)?;
+        let (from, to) = (source.as_ref().unwrap_or(caller), dest.as_ref().unwrap_or(caller));
         if !self
             .engine
             .hv
-            .may_copy(caller.private(), source.private(), dest.private())
+            .may_copy(caller.private(), from.private(), to.private())
         {
             return Err(GrantStatus::PERMISSION_DENIED);
         }
@@ -208,11 +218,15 @@ impl<H: Hypervisor> Processor<'_, H> {
         Ok(())
     }
 
-    fn copy_domain(&mut self, caller: &Arc<Domain<H>>, id: DomId) -> Result<Arc<Domain<H>>, GrantStatus> {
+    fn copy_domain(
+        &mut self,
+        caller: &Arc<Domain<H>>,
+        id: DomId,
+    ) -> Result<Option<Arc<Domain<H>>>, GrantStatus> {
         if id == DomId::SELF || id == caller.id() {
-            return Ok(Arc::clone(caller));
+            return Ok(None);
         }
-        self.hold(id).ok_or(GrantStatus::BAD_DOMAIN)
+        self.hold(id).map(Some).ok_or(GrantStatus::BAD_DOMAIN)
     }
 
     /// Steps 2 and 3: the kept buffer if it is for the same thing, else a new claim (spec 5.3).
@@ -224,7 +238,8 @@ impl<H: Hypervisor> Processor<'_, H> {
         by_grant: bool,
         access: Access,
     ) -> Result<Buffer, GrantStatus> {
-        let hv = &self.engine.hv;
+        let engine = self.engine;
+        let hv = &engine.hv;
         let domid = if side.domid == DomId::SELF {
             caller.id()
         } else {
@@ -241,36 +256,25 @@ impl<H: Hypervisor> Processor<'_, H> {
             }
             self.drop_buffer(&kept, access);
         }
-        let mut buffer = match key {
-            Key::Grant(domid, gref) => {
-                let grip = self.acquire(domid, gref, caller.id(), access, true)?;
-                Buffer {
-                    key,
-                    mfn: grip.mfn,
-                    start: grip.start,
-                    end: grip.end,
-                    typed: false,
-                }
-            }
+        let writes = access == Access::Write;
+        let grip = match key {
+            Key::Grant(domid, gref) => self.acquire(domid, gref, caller.id(), access, true)?,
             Key::Frame(gmfn) => {
-                let resolved = hv
-                    .resolve(caller.private(), Gfn(gmfn), access)
-                    .map_err(status_of)?;
-                Buffer {
-                    key,
-                    mfn: resolved.mfn,
-                    start: 0,
-                    end: WHOLE.1,
-                    typed: false,
-                }
+                let (resolved, typed) = resolve(hv, caller, Gfn(gmfn), access, writes)?;
+                Grip::whole(resolved.mfn, typed)
             }
         };
-        if access == Access::Write {
-            buffer.typed = hv.get_writable(buffer.mfn);
-            if !buffer.typed {
-                self.drop_buffer(&buffer, access);
-                return Err(GrantStatus::GENERAL_ERROR);
-            }
+        let typed = writes && grip.typed.unwrap_or_else(|| hv.get_writable(grip.mfn));
+        let buffer = Buffer {
+            key,
+            mfn: grip.mfn,
+            start: grip.start,
+            end: grip.end,
+            typed,
+        };
+        if writes && !typed {
+            self.drop_buffer(&buffer, access);
+            return Err(GrantStatus::GENERAL_ERROR);
         }
         Ok(buffer)
     }
@@ -285,13 +289,8 @@ impl<H: Hypervisor> Processor<'_, H> {
     }
 
     fn drop_buffer(&mut self, buffer: &Buffer, access: Access) {
-        let hv = &self.engine.hv;
-        let put = || {
-            if buffer.typed {
-                hv.put_writable(buffer.mfn);
-            }
-            hv.put_frame(buffer.mfn);
-        };
+        let engine = self.engine;
+        let put = || put(&engine.hv, buffer.mfn, buffer.typed);
         match buffer.key {
             Key::Grant(granter, gref) => self.release((granter, gref), access, put),
             Key::Frame(_) => put(),
@@ -329,7 +328,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         let domain = self.enter(granter).ok_or(GrantStatus::BAD_DOMAIN)?;
         let view = domain.table.view();
         // 1
-        let entry = view.entry(gref).ok_or(GrantStatus::BAD_GNTREF)?;
+        let entry = view.entry_to_use(gref)?;
         let wanted = pins_of(access);
         loop {
             // 2
@@ -359,7 +358,6 @@ impl<H: Hypervisor> Processor<'_, H> {
                     return Err(GrantStatus::GENERAL_ERROR);
                 }
                 domain.table.v2_ops.fetch_add(1, Ordering::SeqCst);
-                drop(domain);
                 return self.acquire_far(granter, gref, user, access, state, far);
             }
             // 5
@@ -375,9 +373,15 @@ impl<H: Hypervisor> Processor<'_, H> {
                 let owner = hv.get_frame(mfn);
                 if owner == Some(FrameOwner::Domain(granter)) && !domain.is_dying() {
                     let (start, end) = range_of(&entry, state);
-                    return Ok(Ok(Grip { mfn, start, end }));
+                    let typed = None;
+                    return Ok(Ok(Grip {
+                        mfn,
+                        start,
+                        end,
+                        typed,
+                    }));
                 }
-                lower(&domain, &entry, access);
+                lower(domain, &entry, access);
                 if owner.is_some() {
                     hv.put_frame(mfn);
                 }
@@ -390,11 +394,19 @@ impl<H: Hypervisor> Processor<'_, H> {
             let head = begin_use(hv, &entry.shared, pinned, user, access, Wanted::Permit)
                 .map_err(|_| GrantStatus::GENERAL_ERROR)?;
             let part = sub_page_of(&entry, head.flags);
-            let resolved = match hv.resolve(domain.private(), Gfn(entry.shared.load_frame()), access) {
+            // Once for each few entries ever: room for what a part needs to be known by.
+            if part.is_some() && entry.make_extra().is_err() {
+                end_use(&entry.shared, state, access);
+                return Err(GrantStatus::GENERAL_ERROR);
+            }
+            let gfn = Gfn(entry.shared.load_frame());
+            // A far granter's frame goes without the type, which the last step may still take.
+            let typed = access == Access::Write && transitive;
+            let (resolved, typed) = match resolve(hv, domain, gfn, access, typed) {
                 Ok(resolved) => resolved,
-                Err(error) => {
+                Err(status) => {
                     end_use(&entry.shared, state, access);
-                    return Err(status_of(error));
+                    return Err(status);
                 }
             };
             if pinned {
@@ -404,7 +416,7 @@ impl<H: Hypervisor> Processor<'_, H> {
                 if !same {
                     end_use(&entry.shared, state, access);
                     drop(claim);
-                    hv.put_frame(resolved.mfn);
+                    put(hv, resolved.mfn, typed == Some(true));
                     return Err(GrantStatus::GENERAL_ERROR);
                 }
                 let (start, end) = range_of(&entry, state);
@@ -413,6 +425,7 @@ impl<H: Hypervisor> Processor<'_, H> {
                     mfn: resolved.mfn,
                     start,
                     end,
+                    typed,
                 }));
             }
             let kind = if part.is_some() {
@@ -431,6 +444,7 @@ impl<H: Hypervisor> Processor<'_, H> {
                 mfn: resolved.mfn,
                 start,
                 end,
+                typed,
             }));
         }
     }
@@ -448,6 +462,7 @@ impl<H: Hypervisor> Processor<'_, H> {
     ) -> Result<Result<Grip, Restart>, GrantStatus> {
         let engine = self.engine;
         let hv = &engine.hv;
+        self.leave();
         hv.hook(Hook::CopyUnlocked);
         // 7d, 7e
         let inner = if self.enter(far.0).is_none() {
@@ -455,15 +470,16 @@ impl<H: Hypervisor> Processor<'_, H> {
         } else {
             self.acquire(far.0, far.1, granter, access, false)
         };
+        self.leave();
         hv.hook(Hook::CopyBack);
         // 7f
         let Some(domain) = self.enter(granter) else {
             if let Ok(inner) = inner {
-                self.release(far, access, || hv.put_frame(inner.mfn));
+                self.release(far, access, || put(hv, inner.mfn, inner.typed == Some(true)));
             }
             return Err(GrantStatus::BAD_DOMAIN);
         };
-        let entry = domain.table.view().entry(gref).ok_or(GrantStatus::BAD_GNTREF);
+        let entry = domain.table.view().entry_to_use(gref);
         let settled = match (&entry, &inner) {
             (Err(status), _) => Err(*status),
             (Ok(entry), Err(status)) => {
@@ -476,13 +492,12 @@ impl<H: Hypervisor> Processor<'_, H> {
         if !matches!(settled, Ok(Ok(()))) || seen.is_pinned() {
             domain.table.v2_ops.fetch_sub(1, Ordering::SeqCst);
         }
-        drop(domain);
         match (settled, inner) {
             (Ok(Ok(())), Ok(inner)) => Ok(Ok(inner)),
             (Err(status), Err(_)) => Err(status),
             (settled, inner) => {
                 if let Ok(inner) = inner {
-                    self.release(far, access, || hv.put_frame(inner.mfn));
+                    self.release(far, access, || put(hv, inner.mfn, inner.typed == Some(true)));
                 }
                 settled.map(|restart| Err(restart.err().unwrap_or(Restart)))
             }
@@ -505,7 +520,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         if access == Access::Write {
             engine.hv.mark_dirty(domain.private(), entry.active.mfn());
         }
-        lower(&domain, &entry, access);
+        lower(domain, &entry, access);
         let rest = match far {
             Some(far) => Some((far, put)),
             None => {
@@ -513,9 +528,8 @@ impl<H: Hypervisor> Processor<'_, H> {
                 None
             }
         };
-        let dying = domain.is_dying();
-        drop(domain);
-        if dying {
+        if domain.is_dying() {
+            self.leave();
             engine.reap(granter);
         }
         if let Some((far, put)) = rest {
@@ -543,6 +557,37 @@ fn lower<H: Hypervisor>(domain: &Domain<H>, entry: &Entry<'_>, access: Access) {
 
 /// The whole page.
 const WHOLE: (u32, u32) = (0, 4096);
+
+impl Grip {
+    fn whole(mfn: Mfn, typed: Option<bool>) -> Grip {
+        let (start, end) = WHOLE;
+        Grip {
+            mfn,
+            start,
+            end,
+            typed,
+        }
+    }
+}
+
+/// Finds a frame and takes a reference on it, with the writable type where it is wanted and can be had
+/// along with it.
+fn resolve<H: Hypervisor>(
+    hv: &H,
+    domain: &Domain<H>,
+    gfn: Gfn,
+    access: Access,
+    typed: bool,
+) -> Result<(Resolved, Option<bool>), GrantStatus> {
+    let resolved = if typed {
+        hv.resolve_writable(domain.private(), gfn)
+            .map(|(resolved, had)| (resolved, Some(had)))
+    } else {
+        hv.resolve(domain.private(), gfn, access)
+            .map(|resolved| (resolved, None))
+    };
+    resolved.map_err(status_of)
+}
 
 /// Whether the uses that an entry is in need no look at the shared entry for one more.
 fn suffices(state: State, access: Access) -> bool {
@@ -646,6 +691,10 @@ fn pin_far<H: Hypervisor>(
     if seen.is_pinned() {
         claim.publish_more(wanted);
     } else {
+        if entry.make_extra().is_err() {
+            end_use(&entry.shared, seen, access);
+            return Err(Restart);
+        }
         entry.set_extra(extra);
         claim.publish_first(mfn, State::first(user, UseKind::Transitive, wanted));
     }

@@ -5,11 +5,10 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use gnttab_abi::{DomId, GrantStatus, Mfn, Op};
-use spin::Mutex;
 
 use crate::hypervisor::{DomainKind, Hypervisor};
 use crate::maptrack::Maptrack;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering};
 use crate::table::Table;
 
 /// A layout of the table.

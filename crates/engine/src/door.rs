@@ -21,7 +21,7 @@ use crate::copy::Run;
 use crate::domain::{Reference, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{DomainKind, Hypervisor};
-use crate::unmap::{Removed, Request, UNMAP_GROUP};
+use crate::unmap::{Request, UNMAP_GROUP};
 
 /// Guest memory could not be read or written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -34,7 +34,7 @@ pub struct Fault {
 /// The calling guest's memory, by the addresses that it passes.
 ///
 /// Reads and writes are all or nothing as far as this call is concerned: a part that faults is a
-/// fault of the whole.
+/// fault of the whole. Neither waits for another processor: they may be called from inside a table.
 pub trait GuestMemory {
     /// Whether an array of `bytes` bytes may lie at `addr`, before anything is accessed (spec
     /// 3.1.2). Faults are found by the access itself.
@@ -113,20 +113,25 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// Serves one grant-table hypercall of a vCPU.
     ///
     /// `yield_now` is asked between items whether the processor is wanted for something else;
-    /// `|| false` runs every batch to its end.
+    /// `|| false` runs every batch to its end. It may not wait for another processor.
     pub fn hypercall(
         &mut self,
         vcpu: &Vcpu<H>,
         abi: Abi,
         call: Call,
-        memory: &dyn GuestMemory,
-        yield_now: &mut dyn FnMut() -> bool,
+        memory: &(impl GuestMemory + ?Sized),
+        yield_now: &mut (impl FnMut() -> bool + ?Sized),
     ) -> Outcome {
+        let args = Args {
+            memory,
+            addr: call.addr,
+        };
         let mut door = Door {
             cpu: self,
             vcpu,
             abi,
             memory,
+            args,
             yield_now,
             call,
         };
@@ -137,7 +142,7 @@ impl<H: Hypervisor> Processor<'_, H> {
                 let command = Command(call.command.0 & Command::MASK | opaque);
                 Outcome::Continue(Call {
                     command,
-                    addr: door.item_addr(done),
+                    addr: door.args.at(done, door.item_size()),
                     count: call.count - done,
                 })
             }
@@ -145,19 +150,78 @@ impl<H: Hypervisor> Processor<'_, H> {
     }
 }
 
-struct Door<'a, 'e, H: Hypervisor> {
+struct Door<'a, 'e, H: Hypervisor, M: ?Sized, Y: ?Sized> {
     cpu: &'a mut Processor<'e, H>,
     vcpu: &'a Vcpu<H>,
     abi: Abi,
-    memory: &'a dyn GuestMemory,
-    yield_now: &'a mut dyn FnMut() -> bool,
+    memory: &'a M,
+    args: Args<'a, M>,
+    yield_now: &'a mut Y,
     call: Call,
 }
 
 /// The bytes of one argument, as they were read.
 type Raw = [u8; LARGEST];
 
-impl<H: Hypervisor> Door<'_, '_, H> {
+/// The call's array of arguments. Sizes are passed along, so that they are constants where the
+/// calling ABI does not matter.
+struct Args<'a, M: ?Sized> {
+    memory: &'a M,
+    addr: u64,
+}
+
+impl<M: ?Sized> Clone for Args<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M: ?Sized> core::marker::Copy for Args<'_, M> {}
+
+impl<M: GuestMemory + ?Sized> Args<'_, M> {
+    /// Where an argument of this size lies.
+    fn at(self, index: u32, size: usize) -> u64 {
+        self.addr.wrapping_add(u64::from(index) * size as u64)
+    }
+
+    /// The one read of an argument.
+    #[inline]
+    fn read(self, index: u32, size: usize) -> Result<Raw, Fault> {
+        let mut raw = [0; LARGEST];
+        self.memory.read(self.at(index, size), &mut raw[..size])?;
+        Ok(raw)
+    }
+
+    /// Writes the start of an argument.
+    #[inline]
+    fn write(self, index: u32, size: usize, bytes: &[u8]) -> Result<(), Fault> {
+        self.memory.write(self.at(index, size), bytes)
+    }
+
+    /// Writes an argument's status, at `offset`.
+    #[inline]
+    fn write_status(self, index: u32, size: usize, offset: u64, status: GrantStatus) -> Result<(), Fault> {
+        let at = self.at(index, size).wrapping_add(offset);
+        self.memory.write(at, &status.0.to_le_bytes())
+    }
+}
+
+/// Between items: whether to stop before this one.
+#[inline]
+fn yield_before(index: u32, yield_now: &mut (impl FnMut() -> bool + ?Sized)) -> Result<(), Stop> {
+    if index > 0 && yield_now() {
+        Err(Stop::Yield(index, 0))
+    } else {
+        Ok(())
+    }
+}
+
+impl<H, M, Y> Door<'_, '_, H, M, Y>
+where
+    H: Hypervisor,
+    M: GuestMemory + ?Sized,
+    Y: FnMut() -> bool + ?Sized,
+{
     fn kind(&self) -> DomainKind {
         self.vcpu.domain.kind()
     }
@@ -211,7 +275,8 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         // 7
         match op {
             Op::MapGrantRef => self.map(),
-            Op::UnmapGrantRef | Op::UnmapAndReplace => self.unmap(op),
+            Op::UnmapGrantRef => self.unmap(),
+            Op::UnmapAndReplace => self.unmap_and_replace(),
             Op::SetupTable => self.setup_table(),
             Op::DumpTable => self.dump_table(),
             Op::Transfer => self.transfer(),
@@ -252,84 +317,81 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         }
     }
 
-    fn item_addr(&self, index: u32) -> u64 {
-        self.call
-            .addr
-            .wrapping_add(u64::from(index) * self.item_size() as u64)
-    }
-
-    /// The one read of an argument.
+    /// Reads an argument of this call's operation.
     fn read(&self, index: u32) -> Result<Raw, Fault> {
-        let mut raw = [0; LARGEST];
-        self.memory
-            .read(self.item_addr(index), &mut raw[..self.item_size()])?;
-        Ok(raw)
+        self.args.read(index, self.item_size())
     }
 
-    /// Writes `bytes` at `offset` of an argument.
-    fn write(&self, index: u32, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
-        self.memory
-            .write(self.item_addr(index).wrapping_add(offset), bytes)
+    /// Writes the start of an argument.
+    fn write(&self, index: u32, bytes: &[u8]) -> Result<(), Fault> {
+        self.args.write(index, self.item_size(), bytes)
     }
 
     fn write_status(&self, index: u32, offset: u64, status: GrantStatus) -> Result<(), Fault> {
-        self.write(index, offset, &status.0.to_le_bytes())
-    }
-
-    /// Between items: whether to stop before this one.
-    fn yield_before(&mut self, index: u32) -> Result<(), Stop> {
-        if index > 0 && (self.yield_now)() {
-            Err(Stop::Yield(index, 0))
-        } else {
-            Ok(())
-        }
+        self.args.write_status(index, self.item_size(), offset, status)
     }
 
     fn map(&mut self) -> Result<(), Stop> {
+        let size = MapGrantRef::size(self.abi);
         let now = self.cpu.engine.hv.now();
+        let mut visit = self.cpu.visit();
         for index in 0..self.call.count {
-            self.yield_before(index)?;
-            let mut raw = self.read(index)?;
+            yield_before(index, self.yield_now)?;
+            let mut raw = self.args.read(index, size)?;
             let mut item = decoded(MapGrantRef::decode(self.abi, &raw))?;
-            self.cpu.map_item(self.vcpu, &mut item, now);
+            visit.map_item(self.vcpu, &mut item, now);
             item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
-            self.write(index, 0, &raw[..MapGrantRef::size(self.abi)])?;
+            self.args.write(index, size, &raw[..size])?;
         }
         Ok(())
     }
 
-    fn unmap(&mut self, op: Op) -> Result<(), Stop> {
+    fn unmap(&mut self) -> Result<(), Stop> {
+        let (abi, size) = (self.abi, UnmapGrantRef::size(self.abi));
+        self.unmap_groups(Op::UnmapGrantRef, size, |raw| {
+            Ok((&decoded(UnmapGrantRef::decode(abi, raw))?).into())
+        })
+    }
+
+    fn unmap_and_replace(&mut self) -> Result<(), Stop> {
+        let (abi, size) = (self.abi, UnmapAndReplace::size(self.abi));
+        self.unmap_groups(Op::UnmapAndReplace, size, |raw| {
+            Ok((&decoded(UnmapAndReplace::decode(abi, raw))?).into())
+        })
+    }
+
+    #[inline]
+    fn unmap_groups(
+        &mut self,
+        op: Op,
+        size: usize,
+        decode: impl Fn(&Raw) -> Result<Request, Errno>,
+    ) -> Result<(), Stop> {
+        let (args, vcpu, count) = (self.args, self.vcpu, self.call.count);
+        let mut visit = self.cpu.visit();
         let mut first = 0;
-        while first < self.call.count {
-            if first > 0 && (self.yield_now)() {
-                return Err(Stop::Yield(first, 0));
-            }
-            let group = UNMAP_GROUP_ITEMS.min(self.call.count - first);
+        while first < count {
+            yield_before(first, self.yield_now)?;
+            let group = UNMAP_GROUP_ITEMS.min(count - first);
             let mut removed = [None; UNMAP_GROUP];
             let mut done = Ok(());
             for (index, removed) in (first..first + group).zip(&mut removed) {
-                done = self.unmap_item(op, index, removed);
+                let item = args.read(index, size).map_err(Errno::from);
+                done = item.and_then(|raw| decode(&raw)).and_then(|request| {
+                    let (status, what) = visit.unmap_first(vcpu, op, request);
+                    *removed = what;
+                    // Both structures have their status at the same place.
+                    Ok(args.write_status(index, size, 20, status)?)
+                });
                 if done.is_err() {
                     break;
                 }
             }
-            self.cpu.unmap_second(self.vcpu, &removed);
+            visit.unmap_second(vcpu, &removed);
             done?;
             first += group;
         }
         Ok(())
-    }
-
-    fn unmap_item(&mut self, op: Op, index: u32, removed: &mut Option<Removed>) -> Result<(), Errno> {
-        let raw = self.read(index)?;
-        let request: Request = if op == Op::UnmapGrantRef {
-            (&decoded(UnmapGrantRef::decode(self.abi, &raw))?).into()
-        } else {
-            (&decoded(UnmapAndReplace::decode(self.abi, &raw))?).into()
-        };
-        let (status, what) = self.cpu.unmap_first(self.vcpu, op, request);
-        *removed = what;
-        Ok(self.write_status(index, 20, status)?)
     }
 
     fn transfer_is_on(&self) -> Result<(), Errno> {
@@ -342,7 +404,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
     fn transfer(&mut self) -> Result<(), Stop> {
         self.transfer_is_on()?;
         for index in 0..self.call.count {
-            self.yield_before(index)?;
+            yield_before(index, self.yield_now)?;
             let item = decoded(Transfer::decode(self.abi, &self.read(index)?))?;
             let status = self.cpu.transfer_item(self.vcpu, &item);
             self.write_status(index, 16, status)?;
@@ -350,21 +412,24 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         Ok(())
     }
 
+    /// A caller's copies whose arguments are wide.
     fn copy(&mut self) -> Result<(), Stop> {
+        let size = Copy::size(Abi::X86_64);
+        let (args, vcpu, yield_now) = (self.args, self.vcpu, &mut *self.yield_now);
+        let mut visit = self.cpu.visit();
         let mut run = Run::new();
-        let done = self.copy_items(&mut run);
-        self.cpu.end_copy(&mut run);
+        let mut items = || -> Result<(), Stop> {
+            for index in 0..self.call.count {
+                yield_before(index, yield_now)?;
+                let item = decoded(Copy::decode(Abi::X86_64, &args.read(index, size)?))?;
+                let status = visit.copy_item(vcpu, &mut run, &item);
+                args.write_status(index, size, 36, status)?;
+            }
+            Ok(())
+        };
+        let done = items();
+        visit.end_copy(&mut run);
         done
-    }
-
-    fn copy_items(&mut self, run: &mut Run<H>) -> Result<(), Stop> {
-        for index in 0..self.call.count {
-            self.yield_before(index)?;
-            let item = decoded(Copy::decode(self.abi, &self.read(index)?))?;
-            let status = self.cpu.copy_item(self.vcpu, run, &item);
-            self.write_status(index, 36, status)?;
-        }
-        Ok(())
     }
 
     /// 32-bit callers' transfers and copies: a chunk is read whole before its first item runs, and
@@ -384,7 +449,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         }
         let mut first = 0;
         while first < count {
-            self.yield_before(first)?;
+            yield_before(first, self.yield_now)?;
             let chunk = u32::try_from(most).map_or(count, |most| most.min(count - first));
             first += self.chunk(op, first, chunk)?;
         }
@@ -401,23 +466,29 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         statuses
             .try_reserve_exact(chunk as usize)
             .map_err(|_| Errno::NoMem)?;
-        let mut run = Run::new();
-        for (raw, index) in raws.iter().zip(first..) {
-            if index > first && (self.yield_now)() {
-                break;
+        let stop = |index, yield_now: &mut Y| index > first && yield_now();
+        if op == Op::Transfer {
+            for (raw, index) in raws.iter().zip(first..) {
+                if stop(index, self.yield_now) {
+                    break;
+                }
+                let item = decoded(Transfer::decode(self.abi, raw))?;
+                statuses.push(self.cpu.transfer_item(self.vcpu, &item));
             }
-            statuses.push(match op {
-                Op::Transfer => {
-                    let item = decoded(Transfer::decode(self.abi, raw))?;
-                    self.cpu.transfer_item(self.vcpu, &item)
+        } else {
+            let mut visit = self.cpu.visit();
+            let mut run = Run::new();
+            for (raw, index) in raws.iter().zip(first..) {
+                if stop(index, self.yield_now) {
+                    break;
                 }
-                _ => {
-                    let item = decoded(Copy::decode(self.abi, raw))?;
-                    self.cpu.copy_item(self.vcpu, &mut run, &item)
-                }
-            });
+                let Ok(item) = Copy::decode(self.abi, raw) else {
+                    break;
+                };
+                statuses.push(visit.copy_item(self.vcpu, &mut run, &item));
+            }
+            visit.end_copy(&mut run);
         }
-        self.cpu.end_copy(&mut run);
         let offset = if op == Op::Transfer { 12 } else { 20 };
         let mut written = Ok(());
         let done = u32::try_from(statuses.len()).unwrap_or(chunk);
@@ -446,7 +517,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
             Err(status) => status,
         };
         item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
-        Ok(self.write(0, 0, &raw[..QuerySize::size(self.abi)])?)
+        Ok(self.write(0, &raw[..QuerySize::size(self.abi)])?)
     }
 
     fn one_only(&self) -> Result<(), Errno> {
@@ -515,7 +586,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
             },
         );
         item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
-        Ok(self.write(0, 0, &raw[..SetupTable::size(self.abi)])?)
+        Ok(self.write(0, &raw[..SetupTable::size(self.abi)])?)
     }
 
     fn get_status_frames(&mut self) -> Result<(), Stop> {
@@ -562,7 +633,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         item.status = self.status_frames(&item, old.then_some(COMPAT_STATUS_FRAMES));
         if old {
             item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
-            return Ok(self.write(0, 0, &raw[..GetStatusFrames::size(self.abi)])?);
+            return Ok(self.write(0, &raw[..GetStatusFrames::size(self.abi)])?);
         }
         Ok(self.write_status(0, 6, item.status)?)
     }
@@ -573,19 +644,21 @@ impl<H: Hypervisor> Door<'_, '_, H> {
         let result = self.cpu.set_version(self.vcpu, item.version);
         item.version = self.vcpu.domain.version().number();
         item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
-        self.write(0, 0, &raw[..SetVersion::size(self.abi)])?;
+        self.write(0, &raw[..SetVersion::size(self.abi)])?;
         Ok(result?)
     }
 
     fn get_version(&mut self) -> Result<(), Stop> {
         let item = decoded(GetVersion::decode(self.abi, &self.read(0)?))?;
         let version = self.cpu.get_version(self.vcpu, item.dom)?;
-        Ok(self.write(0, 4, &version.number().to_le_bytes())?)
+        Ok(self
+            .memory
+            .write(self.call.addr.wrapping_add(4), &version.number().to_le_bytes())?)
     }
 
     fn swap(&mut self) -> Result<(), Stop> {
         for index in 0..self.call.count {
-            self.yield_before(index)?;
+            yield_before(index, self.yield_now)?;
             let item = decoded(SwapGrantRef::decode(self.abi, &self.read(index)?))?;
             let status = self.cpu.swap_item(self.vcpu, item.ref_a, item.ref_b);
             self.write_status(index, 8, status)?;
@@ -609,7 +682,7 @@ impl<H: Hypervisor> Door<'_, '_, H> {
     fn cache_flush(&mut self) -> Result<(), Stop> {
         let mut from = self.call.command.opaque();
         for index in 0..self.call.count {
-            self.yield_before(index)?;
+            yield_before(index, self.yield_now)?;
             let item = decoded(CacheFlush::decode(self.abi, &self.read(index)?))?;
             loop {
                 match self.cpu.cache_item(self.vcpu, &item, from)? {

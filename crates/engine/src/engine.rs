@@ -7,7 +7,7 @@ use gnttab_abi::DomId;
 use crate::domain::{Config, CreateError, Domain, Limits};
 use crate::hypervisor::{DomainKind, Hypervisor};
 use crate::presence::Slot;
-use crate::registry::{Inside, Registry};
+use crate::registry::{Inside, Registry, Visit};
 
 /// The hypervisor's half of grant tables. See the crate's front page.
 pub struct Engine<H: Hypervisor> {
@@ -95,6 +95,12 @@ impl<'e, H: Hypervisor> Processor<'e, H> {
     #[inline]
     pub(crate) fn enter(&mut self, id: DomId) -> Option<Inside<'_, H>> {
         self.engine.registry.enter(self.slot, id)
+    }
+
+    /// Starts on a way through tables. The exclusive borrow keeps it to one at a time.
+    #[inline]
+    pub(crate) fn visit(&mut self) -> Visit<'_, H> {
+        Visit::new(self.engine, self.slot)
     }
 
     /// A domain by number with a count of its own, without any lock.

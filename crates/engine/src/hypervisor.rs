@@ -195,6 +195,24 @@ pub trait Hypervisor: Send + Sync + Sized {
     /// Drops a reference.
     fn put_frame(&self, mfn: Mfn);
 
+    /// [`Hypervisor::resolve`] for writing and [`Hypervisor::get_writable`] in one, for embedders that
+    /// can do both in one step. True: the type was had too; false: the reference alone.
+    ///
+    /// # Errors
+    /// As [`ResolveError`] says; nothing is held then.
+    #[inline]
+    fn resolve_writable(&self, domain: &Self::Domain, gfn: Gfn) -> Result<(Resolved, bool), ResolveError> {
+        let resolved = self.resolve(domain, gfn, Access::Write)?;
+        Ok((resolved, self.get_writable(resolved.mfn)))
+    }
+
+    /// [`Hypervisor::put_writable`] and [`Hypervisor::put_frame`] in one.
+    #[inline]
+    fn put_writable_frame(&self, mfn: Mfn) {
+        self.put_writable(mfn);
+        self.put_frame(mfn);
+    }
+
     /// Takes the writable page type (spec 4.2.3); false: the page is in use as something else.
     fn get_writable(&self, mfn: Mfn) -> bool;
 

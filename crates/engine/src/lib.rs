@@ -37,6 +37,7 @@ extern crate alloc;
 extern crate std;
 
 mod active;
+mod bound;
 mod cache;
 mod claim;
 mod copy;
@@ -46,6 +47,7 @@ mod dump;
 mod engine;
 mod hypervisor;
 mod iommu;
+mod lazy;
 #[cfg(feature = "machine")]
 pub mod machine;
 mod map;

@@ -4,6 +4,8 @@
 //! policy; a handle; the reference; the entry in use by another; the entry's own word; the frame;
 //! the frame's owner; its type; the host mapping; the I/O MMU.
 
+use core::cell::Cell;
+
 use gnttab_abi::{DomId, EntryFlags, Gfn, GrantHandle, GrantStatus, MapFlags, MapGrantRef, Mfn, Op};
 
 use crate::active::{Pins, State, UseKind};
@@ -15,6 +17,7 @@ use crate::hypervisor::{
 };
 use crate::iommu;
 use crate::maptrack::Record;
+use crate::registry::Visit;
 use crate::table::Entry;
 
 /// The access that flags ask for.
@@ -43,6 +46,8 @@ pub(crate) fn status_of(error: ResolveError) -> GrantStatus {
 struct Taken {
     frames: u32,
     types: u32,
+    /// Whether the type came with the look-up, until a mapping needs it; `None`: not asked for.
+    found: Option<bool>,
     host: bool,
 }
 
@@ -66,14 +71,18 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// ```
     pub fn map(&mut self, vcpu: &Vcpu<H>, items: &mut [MapGrantRef]) {
         let now = self.engine.hv.now();
+        let mut visit = self.visit();
         for item in items {
-            self.map_item(vcpu, item, now);
+            visit.map_item(vcpu, item, now);
         }
     }
+}
 
+impl<H: Hypervisor> Visit<'_, H> {
+    #[inline]
     pub(crate) fn map_item(&mut self, vcpu: &Vcpu<H>, item: &mut MapGrantRef, now: u64) {
         vcpu.counters().operation(Op::MapGrantRef);
-        item.status = match self.map_one(vcpu, item, now) {
+        item.status = match self.map_one(vcpu, item, now, false) {
             Ok((handle, mfn)) => {
                 item.handle = handle;
                 item.dev_bus_addr = mfn.address();
@@ -90,6 +99,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         vcpu: &Vcpu<H>,
         item: &MapGrantRef,
         now: u64,
+        gathered: bool,
     ) -> Result<(GrantHandle, Mfn), GrantStatus> {
         let hv = &self.engine.hv;
         let caller = &*vcpu.domain;
@@ -109,14 +119,13 @@ impl<H: Hypervisor> Processor<'_, H> {
         }
         // 5
         hv.hook(Hook::HandlePeek);
-        let handle = caller
-            .maptrack
-            .allocate(vcpu.number)
-            .ok_or(GrantStatus::NO_SPACE)?;
+        let Some(handle) = caller.maptrack.allocate(vcpu.number) else {
+            return self.map_with_gathered(vcpu, item, now, gathered);
+        };
         let done = Mapping {
             hv,
             caller,
-            granter: &granter,
+            granter,
             item,
             pins,
         }
@@ -135,6 +144,24 @@ impl<H: Hypervisor> Processor<'_, H> {
         caller.maptrack.publish(handle, record, now);
         Ok((handle, mfn))
     }
+
+    /// Step 5 once more, with what other vCPUs keep to themselves.
+    #[cold]
+    fn map_with_gathered(
+        &mut self,
+        vcpu: &Vcpu<H>,
+        item: &MapGrantRef,
+        now: u64,
+        gathered: bool,
+    ) -> Result<(GrantHandle, Mfn), GrantStatus> {
+        if gathered {
+            return Err(GrantStatus::NO_SPACE);
+        }
+        self.leave();
+        let registry = &self.engine.registry;
+        vcpu.domain.maptrack.gather(|| registry.wait_for_all());
+        self.map_one(vcpu, item, now, true)
+    }
 }
 
 /// One item on its way through steps 6 to 16.
@@ -150,14 +177,20 @@ impl<H: Hypervisor> Mapping<'_, H> {
     fn make(&self) -> Result<Mfn, GrantStatus> {
         let view = self.granter.table.view();
         // 6
-        let entry = view.entry(self.item.gref).ok_or(GrantStatus::BAD_GNTREF)?;
-        // 7 to 10
+        let entry = view.entry_to_use(self.item.gref)?;
+        // 7 to 10; a type that will be needed comes with the look-up
         let access = access_of(self.item.flags);
-        let resolve = |gfn| self.hv.resolve(self.granter.private(), gfn, access);
+        let typed = Cell::new(None);
+        let resolve = |gfn| {
+            if !self.needs_type() {
+                return self.hv.resolve(self.granter.private(), gfn, access);
+            }
+            let (resolved, had) = self.hv.resolve_writable(self.granter.private(), gfn)?;
+            typed.set(Some(had));
+            Ok(resolved)
+        };
         let (mfn, resolved) = pin(self.hv, &entry, self.caller.id(), access, self.pins, resolve)?;
         self.hv.hook(Hook::MapPinned);
-        // 11: the cache bits as they are now
-        let cache = entry.shared.load_head().flags & (EntryFlags::PWT | EntryFlags::PCD | EntryFlags::PAT);
         // 12: one reference, which a first use has from its look-up
         let owner = match resolved {
             Some(resolved) => Some(resolved.owner),
@@ -165,10 +198,12 @@ impl<H: Hypervisor> Mapping<'_, H> {
         };
         let mut taken = Taken {
             frames: u32::from(owner.is_some()),
-            ..Taken::default()
+            types: u32::from(typed.get() == Some(true)),
+            found: typed.get(),
+            host: false,
         };
-        // 13 to 16
-        let done = self.install(mfn, owner, cache, &mut taken);
+        // 11, 13 to 16
+        let done = self.install(&entry, mfn, owner, &mut taken);
         if done.is_err() {
             self.hv.hook(Hook::MapUnwind);
             self.undo(&entry, mfn, &taken);
@@ -176,12 +211,25 @@ impl<H: Hypervisor> Mapping<'_, H> {
         done.map(|()| mfn).map_err(|Failed| GrantStatus::GENERAL_ERROR)
     }
 
+    /// Whether the host mapping takes the writable type of the granter's page.
+    fn host_needs_type(&self) -> bool {
+        let itself = self.granter.id() == self.caller.id();
+        let access = access_of(self.item.flags);
+        self.item.flags.contains(MapFlags::HOST_MAP)
+            && takes_type(access, self.caller.kind(), self.granter.kind(), itself)
+    }
+
+    fn needs_type(&self) -> bool {
+        let device = self.item.flags.contains(MapFlags::DEVICE_MAP);
+        self.host_needs_type() || device && access_of(self.item.flags) == Access::Write
+    }
+
     /// Steps 13 to 16: references, types and mappings.
     fn install(
         &self,
+        entry: &Entry<'_>,
         mfn: Mfn,
         owner: Option<FrameOwner>,
-        cache: EntryFlags,
         taken: &mut Taken,
     ) -> Result<(), Failed> {
         let Mapping {
@@ -202,7 +250,9 @@ impl<H: Hypervisor> Mapping<'_, H> {
                     return Err(Failed);
                 }
                 if host {
-                    self.map_host(mfn, cache, taken)?;
+                    // 11: the cache bits as they are now
+                    let cache = EntryFlags::PWT | EntryFlags::PCD | EntryFlags::PAT;
+                    self.map_host(mfn, entry.shared.load_head().flags & cache, taken)?;
                 }
             }
             // 14
@@ -218,7 +268,7 @@ impl<H: Hypervisor> Mapping<'_, H> {
                     taken.frames += 1;
                 }
                 if host {
-                    if takes_type(access, caller.kind(), granter.kind(), itself) {
+                    if self.host_needs_type() {
                         self.take_type(mfn, taken)?;
                     }
                     self.map_host(mfn, EntryFlags::empty(), taken)?;
@@ -235,6 +285,9 @@ impl<H: Hypervisor> Mapping<'_, H> {
     }
 
     fn take_type(&self, mfn: Mfn, taken: &mut Taken) -> Result<(), Failed> {
+        if let Some(had) = taken.found.take() {
+            return if had { Ok(()) } else { Err(Failed) };
+        }
         if !self.hv.get_writable(mfn) {
             return Err(Failed);
         }

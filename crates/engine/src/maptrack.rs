@@ -1,24 +1,28 @@
 //! The grantee's private list of its mappings, by handle.
 //!
-//! A record is one word: reference, granter and flags. Flags 0 means free. Free handles lie in a
-//! list for each vCPU, taken and given back at the top; a vCPU that has none left takes from the
-//! domain's growth, then from its siblings. What must always hold:
+//! A record is one word: reference, granter and flags. Flags 0 means free; a free record's other word
+//! links it to the next free one, so that lists cost nothing. Each vCPU has a list of its own, which
+//! only its holder touches, without a locked operation; what a vCPU has too much of, and what is freed
+//! outside of tables, goes to the domain's common list, which has a lock. When the limit is reached and
+//! somebody finds nothing, all lists are *gathered* into the common one, for good: a handle that another
+//! vCPU keeps to itself must not make *no_space* (HND-5). What must always hold:
 //! 1. A handle is on one free list or live, never both: it leaves a list before its record is
 //!    written, and its record is freed before it joins a list.
 //! 2. Storage is published before the limit that admits it (HND-3).
 //! 3. Only one unmap works on a record at a time: it sets `BUSY` by compare-and-swap on the whole
 //!    word, so that one that saw an older record fails (HND-4).
+//! 4. A vCPU's list is touched by its holder alone, from inside a table (see `presence`), and only if
+//!    `gathered` was still false there; by the gatherer after it was set and everybody has left.
 //!
 //! With a limit of n pages exactly 256 n - 1 mappings can be live, as in the reference (spec 2.5):
 //! handle numbers are ours to choose, the point at which *no_space* comes is not.
 
-use alloc::vec::Vec;
+use alloc::boxed::Box;
 
 use gnttab_abi::{DomId, GrantHandle, GrantRef, MapFlags};
-use spin::Mutex;
 
 use crate::segments::Segments;
-use crate::sync::{AtomicU32, AtomicU64, Ordering, spin_loop};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering, spin_loop};
 
 /// Records in one maptrack page. Few for the model checker, to which each word is dear.
 pub(crate) const RECORDS_PER_PAGE: u32 = if cfg!(loom) { 4 } else { 256 };
@@ -54,13 +58,24 @@ impl Record {
 /// One slot of the list: 16 bytes a mapping.
 struct Slot {
     word: AtomicU64,
-    /// When the mapping was made, in the hypervisor's clock. Meaningful while live.
-    born: AtomicU64,
+    /// While live: when the mapping was made, in the hypervisor's clock. While on a list: the next
+    /// handle there, plus one; 0 ends it.
+    other: AtomicU64,
 }
 
-/// Free handles of one vCPU.
-#[derive(Default)]
-struct FreeList(Vec<GrantHandle>);
+/// Free handles of one vCPU, on a cache line of their own (rule 4).
+#[repr(align(64))]
+struct Own {
+    /// The first handle, plus one; 0: none.
+    top: AtomicU32,
+    length: AtomicU32,
+}
+
+/// The most handles that a vCPU keeps to itself.
+const OWN_MOST: u32 = 2 * RECORDS_PER_PAGE;
+
+/// Free handles that any vCPU may take: the first, plus one; 0: none.
+struct Common(u32);
 
 /// See the module.
 pub(crate) struct Maptrack {
@@ -68,18 +83,27 @@ pub(crate) struct Maptrack {
     /// Handles that exist: a multiple of 256.
     limit: AtomicU32,
     max_pages: u32,
-    free: Vec<Mutex<FreeList>>,
-    growing: Mutex<()>,
+    /// Whether lists of their own are over.
+    gathered: AtomicBool,
+    own: Box<[Own]>,
+    common: Mutex<Common>,
+    gathering: Mutex<()>,
 }
 
 impl Maptrack {
     pub(crate) fn new(max_pages: u32, vcpus: usize) -> Maptrack {
+        let own = |_| Own {
+            top: AtomicU32::new(0),
+            length: AtomicU32::new(0),
+        };
         Maptrack {
             slots: Segments::new(),
             limit: AtomicU32::new(0),
             max_pages,
-            free: (0..vcpus).map(|_| Mutex::default()).collect(),
-            growing: Mutex::new(()),
+            gathered: AtomicBool::new(false),
+            own: (0..vcpus).map(own).collect(),
+            common: Mutex::new(Common(0)),
+            gathering: Mutex::new(()),
         }
     }
 
@@ -92,41 +116,50 @@ impl Maptrack {
         self.max_pages
     }
 
-    /// Takes a free handle for `vcpu`; `None` when growth and siblings are used up too.
-    pub(crate) fn allocate(&self, vcpu: usize) -> Option<GrantHandle> {
-        let own = self.free.get(vcpu)?;
-        if let Some(handle) = own.lock().0.pop() {
-            return Some(handle);
-        }
-        if let Some(handle) = self.grow(vcpu) {
-            return Some(handle);
-        }
-        let siblings = self.free.len();
-        (1..=siblings).find_map(|step| self.free[(vcpu + step) % siblings].lock().0.pop())
+    /// The list of a vCPU, while there are such lists.
+    #[inline]
+    fn own(&self, vcpu: usize) -> Option<&Own> {
+        // Sequentially consistent: the other half of the gatherer's store and wait.
+        (!self.gathered.load(Ordering::SeqCst)).then(|| self.own.get(vcpu))?
     }
 
-    /// Adds a page of records and hands its first out; the rest go to `vcpu`'s list. The very last
-    /// record of the limit stays out, as the reference never hands its last one out.
-    fn grow(&self, vcpu: usize) -> Option<GrantHandle> {
-        let _growing = self.growing.lock();
-        // Somebody may have grown, or given handles back, while this waited.
-        if let Some(handle) = self.free[vcpu].lock().0.pop() {
+    /// Takes a free handle for `vcpu`, whose holder calls this from inside a table. `None`: there is
+    /// none but what other vCPUs may keep to themselves (see [`Maptrack::gather`]).
+    #[inline]
+    pub(crate) fn allocate(&self, vcpu: usize) -> Option<GrantHandle> {
+        let own = self.own(vcpu);
+        if let Some(own) = own
+            && let Some((handle, next)) = self.first(own.top.load(Ordering::Relaxed))
+        {
+            own.top.store(next, Ordering::Relaxed);
+            let length = own.length.load(Ordering::Relaxed);
+            own.length.store(length.wrapping_sub(1), Ordering::Relaxed);
             return Some(handle);
         }
+        self.allocate_common(own)
+    }
+
+    #[cold]
+    fn allocate_common(&self, own: Option<&Own>) -> Option<GrantHandle> {
+        let mut common = self.common.lock();
+        if let Some((handle, next)) = self.first(common.0) {
+            common.0 = next;
+            return Some(handle);
+        }
+        self.grow(&mut common, own)
+    }
+
+    /// Adds a page of records and hands its first out; the rest go to `own`, or to the common list.
+    /// The very last record of the limit stays out, as the reference never hands its last one out.
+    fn grow(&self, common: &mut Common, own: Option<&Own>) -> Option<GrantHandle> {
         let old = self.limit.load(Ordering::Relaxed);
         if old / RECORDS_PER_PAGE >= self.max_pages {
             return None;
         }
         let new = old.checked_add(RECORDS_PER_PAGE)?;
-        // A list never grows on the way back: room for every handle is made here (ENG-4).
-        for list in &self.free {
-            let mut list = list.lock();
-            let room = new as usize - list.0.len();
-            list.0.try_reserve_exact(room).ok()?;
-        }
         let free = || Slot {
             word: AtomicU64::new(0),
-            born: AtomicU64::new(0),
+            other: AtomicU64::new(0),
         };
         self.slots.grow(new as usize, free).ok()?;
         self.limit.store(new, Ordering::Release);
@@ -135,16 +168,73 @@ impl Maptrack {
         } else {
             new
         };
-        let mut list = self.free[vcpu].lock();
-        list.0.extend((old + 1..last).rev().map(GrantHandle));
+        for handle in (old + 1..last).rev().map(GrantHandle) {
+            match own {
+                Some(own) => self.push_own(own, handle),
+                None => self.push(&mut common.0, handle),
+            }
+        }
         (old < last).then_some(GrantHandle(old))
     }
 
-    /// Gives a handle back to `vcpu`'s list. Its record is free.
+    /// Gives a handle back to `vcpu`, whose holder calls this from inside a table. Its record is free.
+    #[inline]
     pub(crate) fn release(&self, vcpu: usize, handle: GrantHandle) {
-        if let Some(list) = self.free.get(vcpu) {
-            list.lock().0.push(handle);
+        match self.own(vcpu) {
+            Some(own) if own.length.load(Ordering::Relaxed) < OWN_MOST => self.push_own(own, handle),
+            _ => self.release_common(handle),
         }
+    }
+
+    /// Gives a handle back to the domain. Its record is free.
+    #[cold]
+    pub(crate) fn release_common(&self, handle: GrantHandle) {
+        let mut common = self.common.lock();
+        self.push(&mut common.0, handle);
+    }
+
+    /// Makes the handles of all vCPUs common. Called when [`Maptrack::allocate`] found none, from
+    /// outside of all tables; `wait_for_all` returns when everybody who was inside one has left it.
+    /// Afterwards they are, whoever did it.
+    pub(crate) fn gather(&self, wait_for_all: impl FnOnce()) {
+        let _one = self.gathering.lock();
+        if self.gathered.load(Ordering::Relaxed) {
+            return;
+        }
+        self.gathered.store(true, Ordering::SeqCst);
+        wait_for_all();
+        let mut common = self.common.lock();
+        for own in &self.own {
+            while let Some((handle, next)) = self.first(own.top.load(Ordering::Relaxed)) {
+                own.top.store(next, Ordering::Relaxed);
+                self.push(&mut common.0, handle);
+            }
+        }
+    }
+
+    /// The first handle of a list, and what the list begins with after it.
+    #[inline]
+    fn first(&self, top: u32) -> Option<(GrantHandle, u32)> {
+        let handle = GrantHandle(top.checked_sub(1)?);
+        let link = self.slot(handle)?.other.load(Ordering::Relaxed);
+        Some((handle, u32::try_from(link).unwrap_or(0)))
+    }
+
+    #[inline]
+    fn push(&self, top: &mut u32, handle: GrantHandle) {
+        if let Some(slot) = self.slot(handle) {
+            slot.other.store(u64::from(*top), Ordering::Relaxed);
+            *top = handle.0 + 1;
+        }
+    }
+
+    #[inline]
+    fn push_own(&self, own: &Own, handle: GrantHandle) {
+        let mut top = own.top.load(Ordering::Relaxed);
+        self.push(&mut top, handle);
+        own.top.store(top, Ordering::Relaxed);
+        let length = own.length.load(Ordering::Relaxed);
+        own.length.store(length.wrapping_add(1), Ordering::Relaxed);
     }
 
     fn slot(&self, handle: GrantHandle) -> Option<&Slot> {
@@ -157,7 +247,7 @@ impl Maptrack {
     /// Fills the record of an allocated handle; from here on it is live (HND-6: one store).
     pub(crate) fn publish(&self, handle: GrantHandle, record: Record, now: u64) {
         if let Some(slot) = self.slot(handle) {
-            slot.born.store(now, Ordering::Relaxed);
+            slot.other.store(now, Ordering::Relaxed);
             slot.word.store(record.word(), Ordering::Release);
         }
     }
@@ -170,7 +260,7 @@ impl Maptrack {
     /// The record of a live handle and when it was made, for observers.
     pub(crate) fn look_with_birth(&self, handle: GrantHandle) -> Option<(Record, u64)> {
         let record = self.look(handle)?;
-        Some((record, self.slot(handle)?.born.load(Ordering::Relaxed)))
+        Some((record, self.slot(handle)?.other.load(Ordering::Relaxed)))
     }
 
     /// Takes a live record for one unmap, if it still says `expected`.
@@ -191,14 +281,23 @@ impl Maptrack {
 
     /// Handles on free lists, for audits while nobody acts.
     #[cfg(feature = "machine")]
-    pub(crate) fn free_handles(&self) -> Vec<GrantHandle> {
-        self.free.iter().flat_map(|list| list.lock().0.clone()).collect()
+    pub(crate) fn free_handles(&self) -> alloc::vec::Vec<GrantHandle> {
+        let tops = self.own.iter().map(|own| own.top.load(Ordering::Relaxed));
+        let mut free = alloc::vec::Vec::new();
+        for mut top in tops.chain([self.common.lock().0]) {
+            // A handle that is there twice makes a circle: once round is enough.
+            while let Some((handle, next)) = self.first(top).filter(|_| free.len() <= self.limit() as usize) {
+                free.push(handle);
+                top = next;
+            }
+        }
+        free
     }
 
     /// Whether somebody holds a lock, for audits while nobody acts.
     #[cfg(feature = "machine")]
     pub(crate) fn is_locked(&self) -> bool {
-        self.growing.is_locked() || self.free.iter().any(Mutex::is_locked)
+        self.common.is_locked() || self.gathering.is_locked()
     }
 
     /// Bytes of memory behind the records.
@@ -237,6 +336,8 @@ impl Drop for RecordClaim<'_> {
 
 #[cfg(test)]
 mod tests {
+    use alloc::vec::Vec;
+
     use super::*;
 
     fn record(flags: MapFlags) -> Record {
@@ -257,15 +358,34 @@ mod tests {
     }
 
     #[test]
-    fn a_vcpu_without_handles_takes_its_siblings() {
+    fn a_vcpu_without_handles_gets_its_siblings_once_they_are_gathered() {
         let maptrack = Maptrack::new(1, 2);
         let first = maptrack.allocate(0).unwrap();
+        assert_eq!(maptrack.allocate(1), None, "the rest is the other vCPU's own");
+        maptrack.gather(|| ());
         assert!(
             maptrack.allocate(1).is_some(),
             "HND-5: other sources are tried first"
         );
         maptrack.release(1, first);
-        assert_eq!(maptrack.allocate(1), Some(first));
+        assert_eq!(maptrack.allocate(0), Some(first));
+    }
+
+    #[test]
+    fn a_vcpu_keeps_only_so_many_handles_to_itself() {
+        let maptrack = Maptrack::new(8, 2);
+        let all: Vec<GrantHandle> = core::iter::from_fn(|| maptrack.allocate(0)).collect();
+        for handle in &all {
+            maptrack.release(1, *handle);
+        }
+        let own = core::iter::from_fn(|| maptrack.allocate(1)).count();
+        assert_eq!(own, all.len(), "nothing is lost");
+        assert_eq!(maptrack.allocate(0), None);
+        for handle in all.iter().take(OWN_MOST as usize + 7) {
+            maptrack.release(1, *handle);
+        }
+        let common = core::iter::from_fn(|| maptrack.allocate(0)).count();
+        assert_eq!(common, 7, "what is more than it may keep is everybody's");
     }
 
     #[test]
@@ -273,7 +393,11 @@ mod tests {
         let maptrack = Maptrack::new(3, 2);
         let mut seen = alloc::collections::BTreeSet::new();
         for i in 0..3 * 256 - 1 {
-            assert!(seen.insert(maptrack.allocate(i % 2).unwrap()));
+            let handle = maptrack.allocate(i % 2).or_else(|| {
+                maptrack.gather(|| ());
+                maptrack.allocate(i % 2)
+            });
+            assert!(seen.insert(handle.unwrap()));
         }
         assert_eq!(maptrack.allocate(0), None);
     }

@@ -191,15 +191,17 @@ impl<H: Hypervisor> Processor<'_, H> {
     pub fn entry(&mut self, dom: DomId, gref: GrantRef) -> Option<EntryView> {
         let domain = self.enter(dom)?;
         let view = domain.table.view();
-        let entry = view.entry(gref)?;
-        let words = match entry.shared {
+        let words = match view.shared(gref)? {
             SharedEntry::V1(shared) => EntryWords::V1(shared.load()),
             SharedEntry::V2(shared) => EntryWords::V2(shared.load(), shared.load_status()),
         };
-        let state = entry.active.peek();
+        let used = view
+            .entry(gref)
+            .map(|entry| (entry.active.peek(), entry.active.mfn()));
+        let (state, mfn) = used.unwrap_or_default();
         let pins = state.counts();
         let user = pins.any().then(|| state.grantee());
-        let mfn = pins.any().then(|| entry.active.mfn());
+        let mfn = pins.any().then_some(mfn);
         Some(EntryView {
             gref,
             words,

@@ -14,13 +14,14 @@
 
 use alloc::boxed::Box;
 
-use crate::sync::{AtomicBool, AtomicU32, Ordering, full_barrier, spin_loop};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, full_barrier, spin_loop};
 
 /// A processor's slot, on a cache line of its own.
 #[repr(align(64))]
 pub(crate) struct Slot {
-    /// 0: outside; otherwise the tag.
-    inside: AtomicU32,
+    /// Low half: 0 outside, otherwise the tag. High half: a count of visits, so that two visits to
+    /// one table differ.
+    inside: AtomicU64,
     taken: AtomicBool,
 }
 
@@ -37,16 +38,21 @@ impl Slot {
     /// Writes the tag. What is read afterwards is read after every processor can see it.
     #[inline]
     pub(crate) fn announce(&self, tag: u32) {
-        self.inside.swap(tag, Ordering::SeqCst);
+        let visits = (self.inside.load(Ordering::Relaxed) >> 32).wrapping_add(1);
+        self.inside.swap(visits << 32 | u64::from(tag), Ordering::SeqCst);
         full_barrier();
     }
 
     /// Wipes the slot, after everything that was done inside.
     #[inline]
     pub(crate) fn leave(&self) {
-        self.inside.store(0, Ordering::Release);
+        let visits = self.inside.load(Ordering::Relaxed) & !TAG;
+        self.inside.store(visits, Ordering::Release);
     }
 }
+
+/// The half of a slot's word that is the tag.
+const TAG: u64 = 0xFFFF_FFFF;
 
 /// The slots of all processors.
 pub(crate) struct Presence {
@@ -56,7 +62,7 @@ pub(crate) struct Presence {
 impl Presence {
     pub(crate) fn new(processors: usize) -> Presence {
         let slot = |_| Slot {
-            inside: AtomicU32::new(0),
+            inside: AtomicU64::new(0),
             taken: AtomicBool::new(false),
         };
         Presence {
@@ -77,7 +83,7 @@ impl Presence {
     pub(crate) fn is_anybody_inside(&self) -> bool {
         self.slots
             .iter()
-            .any(|slot| slot.inside.load(Ordering::SeqCst) != 0)
+            .any(|slot| slot.inside.load(Ordering::SeqCst) & TAG != 0)
     }
 
     /// Waits until no processor is inside with this tag. The caller is inside nothing, and has
@@ -85,7 +91,19 @@ impl Presence {
     pub(crate) fn wait_until_left(&self, tag: u32) {
         full_barrier();
         for slot in &self.slots {
-            while slot.inside.load(Ordering::SeqCst) == tag {
+            while slot.inside.load(Ordering::SeqCst) & TAG == u64::from(tag) {
+                spin_loop();
+            }
+        }
+    }
+
+    /// Waits until every visit that is under way now has ended. The caller is inside nothing, and
+    /// has written what later visits must see.
+    pub(crate) fn wait_for_all(&self) {
+        full_barrier();
+        for slot in &self.slots {
+            let seen = slot.inside.load(Ordering::SeqCst);
+            while seen & TAG != 0 && slot.inside.load(Ordering::SeqCst) == seen {
                 spin_loop();
             }
         }

@@ -20,13 +20,14 @@ use core::ops::Deref;
 use core::ptr;
 
 use gnttab_abi::DomId;
-use spin::Mutex;
 
+use crate::bound::below;
 use crate::domain::Domain;
+use crate::engine::Engine;
 use crate::hypervisor::Hypervisor;
 use crate::presence::{Presence, Slot};
 use crate::segments::Segments;
-use crate::sync::{AtomicPtr, Ordering, spin_loop};
+use crate::sync::{AtomicPtr, Mutex, Ordering, spin_loop};
 
 /// What a processor inside a domain's table writes into its slot.
 fn tag(id: DomId) -> u32 {
@@ -123,13 +124,17 @@ impl<H: Hypervisor> Registry<H> {
         })
     }
 
+    /// Waits until every visit that is under way now has ended. The caller is inside no table.
+    pub(crate) fn wait_for_all(&self) {
+        self.presence.wait_for_all();
+    }
+
     /// Enters the table of a domain through a processor's slot; `None`: no such domain.
     #[inline]
     pub(crate) fn enter<'a>(&'a self, slot: &'a Slot, id: DomId) -> Option<Inside<'a, H>> {
-        if !id.is_ordinary() {
-            return None;
-        }
-        let place = self.domains.get(usize::from(id.0))?;
+        let place = self
+            .domains
+            .get(below(id.0.into(), DomId::FIRST_RESERVED.0.into())?)?;
         loop {
             slot.announce(tag(id));
             let found = place.load(Ordering::SeqCst);
@@ -195,6 +200,51 @@ impl<H: Hypervisor> Deref for Inside<'_, H> {
 impl<H: Hypervisor> Drop for Inside<'_, H> {
     fn drop(&mut self) {
         self.slot.leave();
+    }
+}
+
+/// A processor on its way through tables, one at a time. It stays in one for as long as the next
+/// thing asked for is there too and nobody wants the table alone; dropped, it leaves.
+pub(crate) struct Visit<'a, H: Hypervisor> {
+    pub(crate) engine: &'a Engine<H>,
+    slot: &'a Slot,
+    inside: Option<Inside<'a, H>>,
+}
+
+impl<'a, H: Hypervisor> Visit<'a, H> {
+    pub(crate) fn new(engine: &'a Engine<H>, slot: &'a Slot) -> Visit<'a, H> {
+        Visit {
+            engine,
+            slot,
+            inside: None,
+        }
+    }
+
+    /// The domain, with the processor inside its table until the next call; `None`: no such domain.
+    #[inline]
+    pub(crate) fn enter(&mut self, id: DomId) -> Option<&Domain<H>> {
+        let stay = |inside: &Inside<'_, H>| inside.domain.id() == id && inside.domain.table.gate.is_open();
+        if !self.inside.as_ref().is_some_and(stay) {
+            // Left before another is entered: never two at a time (rule 1).
+            self.leave();
+            self.inside = self.engine.registry.enter(self.slot, id);
+        }
+        self.inside.as_deref()
+    }
+
+    /// Leaves the table, if the processor is inside one.
+    #[inline]
+    pub(crate) fn leave(&mut self) {
+        self.inside = None;
+    }
+
+    /// A domain by number with a count of its own, and no table entered.
+    pub(crate) fn hold(&mut self, id: DomId) -> Option<Arc<Domain<H>>> {
+        self.leave();
+        self.engine
+            .registry
+            .enter(self.slot, id)
+            .map(|inside| inside.hold())
     }
 }
 

@@ -47,9 +47,9 @@ impl<T, const FIRST: usize, const SEGMENTS: usize> Segments<T, FIRST, SEGMENTS> 
 
     /// The segment of an index and the place in it.
     const fn locate(index: usize) -> (usize, usize) {
-        let scaled = index / FIRST + 1;
-        let segment = scaled.ilog2() as usize;
-        (segment, index - FIRST * ((1 << segment) - 1))
+        let shifted = index + FIRST;
+        let top = shifted.ilog2();
+        ((top - FIRST.ilog2()) as usize, shifted - (1 << top))
     }
 
     /// The element, if its segment is there. Whether the index is inside what the owner calls

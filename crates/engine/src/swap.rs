@@ -34,18 +34,18 @@ impl<H: Hypervisor> Processor<'_, H> {
         let _excluded = self.engine.registry.exclude(domain);
         let view = domain.table.view();
         // 1, 2
-        let a = view.entry(ref_a).ok_or(GrantStatus::BAD_GNTREF)?;
-        let b = view.entry(ref_b).ok_or(GrantStatus::BAD_GNTREF)?;
+        let a = view.shared(ref_a).ok_or(GrantStatus::BAD_GNTREF)?;
+        let b = view.shared(ref_b).ok_or(GrantStatus::BAD_GNTREF)?;
         // 3
         if ref_a == ref_b {
             return Ok(());
         }
         // 4, 5
-        if a.active.load().is_pinned() || b.active.load().is_pinned() {
+        if view.state(ref_a).is_pinned() || view.state(ref_b).is_pinned() {
             return Err(GrantStatus::EAGAIN);
         }
         // 6
-        match (a.shared, b.shared) {
+        match (a, b) {
             (SharedEntry::V1(a), SharedEntry::V1(b)) => {
                 let (of_a, of_b) = (a.load(), b.load());
                 a.store(of_b);

@@ -25,3 +25,25 @@ pub(crate) fn full_barrier() {
     #[cfg(loom)]
     fence(Ordering::SeqCst);
 }
+
+/// A lock that spins; under the model checker one that it knows.
+#[cfg(not(loom))]
+pub(crate) use spin::Mutex;
+
+/// A lock that the model checker knows.
+#[cfg(loom)]
+pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);
+
+#[cfg(loom)]
+impl<T> Mutex<T> {
+    pub(crate) fn new(value: T) -> Mutex<T> {
+        Mutex(loom::sync::Mutex::new(value))
+    }
+
+    pub(crate) fn lock(&self) -> loom::sync::MutexGuard<'_, T> {
+        match self.0.lock() {
+            Ok(guard) => guard,
+            Err(poisoned) => poisoned.into_inner(),
+        }
+    }
+}

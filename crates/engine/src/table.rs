@@ -6,36 +6,62 @@
 //! 3. Version, and with it the meaning of every shared word, changes only while the gate is shut
 //!    and no reader is inside (see `registry`).
 //! 4. `admin` serialises growth, version changes and placement; readers never take it.
+//! 5. An entry whose private state was never made was never in use. It is made, some entries at a
+//!    time, when a grantee first wants to use one of them.
 
 use gnttab_abi::{
-    DomId, ENTRY_V1_SIZE, EntryHead, GrantRef, STATUS_PER_PAGE, V1_ENTRIES_PER_PAGE, V2_ENTRIES_PER_PAGE,
-    status_pages_for,
+    DomId, ENTRY_V1_SIZE, EntryHead, GrantRef, GrantStatus, STATUS_PER_PAGE, V1_ENTRIES_PER_PAGE,
+    V2_ENTRIES_PER_PAGE, status_pages_for,
 };
-use spin::{Mutex, Once};
+use spin::Once;
 
-use crate::active::{Active, Extra};
+use crate::active::{Active, Extra, State};
+use crate::bound::below;
 use crate::domain::Version;
 use crate::hypervisor::{Hook, Hypervisor};
+use crate::lazy::Lazy;
 use crate::presence::Gate;
 use crate::segments::{OutOfMemory, Segments};
 use crate::shared::{PageWords, SharedV1, SharedV2};
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Mutex, Ordering};
+
+/// Entries whose private state is made together: 1 KiB.
+const PIECE: usize = 64;
+/// Grant frames to a status frame.
+const FRAMES_PER_STATUS: u32 = STATUS_PER_PAGE / V2_ENTRIES_PER_PAGE;
+
+/// A frame of the table, and what the engine knows of its entries.
+struct Frame<P> {
+    page: Once<P>,
+    /// The status page of this frame and the seven behind it, in every eighth frame.
+    status: Once<P>,
+    active: [Lazy<Active, PIECE>; V1_ENTRIES_PER_PAGE as usize / PIECE],
+    /// One word for each version 2 entry; see [`Extra`].
+    extra: [Lazy<AtomicU64, PIECE>; V2_ENTRIES_PER_PAGE as usize / PIECE],
+}
+
+impl<P> Frame<P> {
+    fn new() -> Frame<P> {
+        Frame {
+            page: Once::new(),
+            status: Once::new(),
+            active: core::array::from_fn(|_| Lazy::new()),
+            extra: core::array::from_fn(|_| Lazy::new()),
+        }
+    }
+}
 
 /// See the module.
 pub(crate) struct Table<P> {
     pub(crate) gate: Gate,
-    pub(crate) admin: Mutex<()>,
     version: AtomicU32,
-    max_frames: u32,
     nr_frames: AtomicU32,
     nr_status: AtomicU32,
-    shared: Segments<Once<P>, 1, 20>,
-    status: Segments<Once<P>, 1, 18>,
-    active: Segments<Active, { V1_ENTRIES_PER_PAGE as usize }, 20>,
-    /// One word for each version 2 reference; see [`Extra`].
-    extra: Segments<AtomicU64, { V2_ENTRIES_PER_PAGE as usize }, 20>,
+    max_frames: u32,
+    frames: Segments<Frame<P>, 1, 20>,
     /// Copies in flight that depend on version 2 (spec 2.4).
     pub(crate) v2_ops: AtomicU32,
+    pub(crate) admin: Mutex<()>,
 }
 
 impl<P: AsRef<PageWords>> Table<P> {
@@ -46,16 +72,13 @@ impl<P: AsRef<PageWords>> Table<P> {
     {
         let table = Table {
             gate: Gate::new(),
-            admin: Mutex::new(()),
             version: AtomicU32::new(1),
-            max_frames,
             nr_frames: AtomicU32::new(0),
             nr_status: AtomicU32::new(0),
-            shared: Segments::new(),
-            status: Segments::new(),
-            active: Segments::new(),
-            extra: Segments::new(),
+            max_frames,
+            frames: Segments::new(),
             v2_ops: AtomicU32::new(0),
+            admin: Mutex::new(()),
         };
         table.grow(hv, domain, 1).ok()?;
         Some(table)
@@ -101,10 +124,8 @@ impl<P: AsRef<PageWords>> Table<P> {
         if frames > self.max_frames {
             return Err(OutOfMemory);
         }
-        let version = self.version();
-        self.make_entries(version, frames)?;
-        Self::make_pages(hv, domain, &self.shared, frames)?;
-        if version == Version::V2 {
+        self.make_pages(hv, domain, frames, |frame| &frame.page)?;
+        if self.version() == Version::V2 {
             self.make_status(hv, domain, frames)?;
             hv.hook(Hook::Grow);
             self.nr_status
@@ -115,65 +136,79 @@ impl<P: AsRef<PageWords>> Table<P> {
         Ok(())
     }
 
-    /// Room for the private state of every reference of so many frames.
-    pub(crate) fn make_entries(&self, version: Version, frames: u32) -> Result<(), OutOfMemory> {
-        let frames = frames as usize;
-        match version {
-            Version::V1 => self
-                .active
-                .grow(frames * V1_ENTRIES_PER_PAGE as usize, Active::new),
-            Version::V2 => {
-                let entries = frames * V2_ENTRIES_PER_PAGE as usize;
-                self.active.grow(entries, Active::new)?;
-                self.extra.grow(entries, || AtomicU64::new(0))
-            }
-        }
-    }
-
     /// Makes the status pages for so many grant frames exist; they count once the version does.
     pub(crate) fn make_status<H>(&self, hv: &H, domain: &H::Domain, frames: u32) -> Result<(), OutOfMemory>
     where
         H: Hypervisor<TablePage = P>,
     {
-        Self::make_pages(hv, domain, &self.status, status_pages_for(frames))
+        self.frames.grow(frames as usize, Frame::new)?;
+        for index in (0..frames).step_by(FRAMES_PER_STATUS as usize) {
+            self.make_page(hv, domain, index, |frame| &frame.status)?;
+        }
+        Ok(())
     }
 
-    fn make_pages<H, const S: usize>(
+    fn make_pages<H>(
+        &self,
         hv: &H,
         domain: &H::Domain,
-        pages: &Segments<Once<P>, 1, S>,
-        count: u32,
+        frames: u32,
+        place: fn(&Frame<P>) -> &Once<P>,
     ) -> Result<(), OutOfMemory>
     where
         H: Hypervisor<TablePage = P>,
     {
-        pages.grow(count as usize, Once::new)?;
-        for i in 0..count as usize {
-            let slot = pages.get(i).ok_or(OutOfMemory)?;
-            slot.try_call_once(|| hv.alloc_table_page(domain).ok_or(OutOfMemory))?;
-        }
+        self.frames.grow(frames as usize, Frame::new)?;
+        (0..frames).try_for_each(|index| self.make_page(hv, domain, index, place))
+    }
+
+    fn make_page<H>(
+        &self,
+        hv: &H,
+        domain: &H::Domain,
+        index: u32,
+        place: fn(&Frame<P>) -> &Once<P>,
+    ) -> Result<(), OutOfMemory>
+    where
+        H: Hypervisor<TablePage = P>,
+    {
+        let frame = self.frames.get(index as usize).ok_or(OutOfMemory)?;
+        place(frame).try_call_once(|| hv.alloc_table_page(domain).ok_or(OutOfMemory))?;
         Ok(())
     }
 
     /// Shared page `index`, if the table has it.
     pub(crate) fn shared_page(&self, index: u32) -> Option<&P> {
-        if index >= self.nr_frames() {
-            return None;
-        }
-        self.shared.get(index as usize)?.get()
+        self.frames.get(below(index, self.nr_frames())?)?.page.get()
     }
 
     /// Status page `index`, if the table has it now.
     pub(crate) fn status_page(&self, index: u32) -> Option<&P> {
-        if index >= self.nr_status() {
-            return None;
-        }
-        self.made_status_page(index)
+        self.made_status_page(u32::try_from(below(index, self.nr_status())?).ok()?)
     }
 
     /// Status page `index`, whether or not the version in force uses it.
     pub(crate) fn made_status_page(&self, index: u32) -> Option<&P> {
-        self.status.get(index as usize)?.get()
+        let frame = below(index.checked_mul(FRAMES_PER_STATUS)?, self.nr_frames())?;
+        self.frames.get(frame)?.status.get()
+    }
+
+    /// Whether an entry from `first` up is in use. Looks at those only that ever were. The table is
+    /// had alone.
+    pub(crate) fn is_used_from(&self, first: GrantRef) -> bool {
+        let per_page = entries_per_page(self.version());
+        (0..self.nr_frames()).any(|index| {
+            let Some(frame) = self.frames.get(index as usize) else {
+                return false;
+            };
+            (0u32..).step_by(PIECE).zip(&frame.active).any(|(start, piece)| {
+                let unreserved = |slot: u32| index * per_page + start + slot >= first.0;
+                piece.is_made()
+                    && (0..).zip(0..PIECE).any(|(slot, place)| {
+                        unreserved(slot) && piece.get(place).is_some_and(|e| e.load().is_pinned())
+                    })
+            })
+        })
     }
 
     /// The table as it stands now. Meaningful while the caller is inside (see `registry`), which
@@ -187,9 +222,15 @@ impl<P: AsRef<PageWords>> Table<P> {
         }
     }
 
-    /// Bytes of private state: active entries and extra words.
+    /// Bytes of private state: what is known of frames and of entries.
     pub(crate) fn bytes(&self) -> usize {
-        self.active.bytes() + self.extra.bytes() + self.shared.bytes() + self.status.bytes()
+        let frames = (0..self.nr_frames()).filter_map(|index| self.frames.get(index as usize));
+        let pieces = |frame: &Frame<P>| {
+            let active: usize = frame.active.iter().map(Lazy::bytes).sum();
+            let extra: usize = frame.extra.iter().map(Lazy::bytes).sum();
+            active + extra
+        };
+        self.frames.bytes() + frames.map(pieces).sum::<usize>()
     }
 }
 
@@ -218,31 +259,77 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
         self.entries
     }
 
-    /// The entry of a reference; `None` past the table (ENG-1).
+    /// Where a reference's entry is: its frame and its place there; `None` past the table (ENG-1).
+    #[inline]
+    fn place(&self, gref: GrantRef) -> Option<(usize, usize)> {
+        let index = below(gref.0, self.entries)?;
+        let per_page = entries_per_page(self.version) as usize;
+        Some((index / per_page, index % per_page))
+    }
+
+    #[inline]
+    fn shared_at(&self, frame: &'a Frame<P>, (index, slot): (usize, usize)) -> Option<SharedEntry<'a>> {
+        let page = frame.page.get()?.as_ref();
+        Some(match self.version {
+            Version::V1 => SharedEntry::V1(SharedV1::new(page, slot)),
+            Version::V2 => {
+                let group = FRAMES_PER_STATUS as usize;
+                let first = self.table.frames.get(index - index % group)?;
+                let status_slot = index % group * V2_ENTRIES_PER_PAGE as usize + slot;
+                let status = first.status.get()?.as_ref();
+                SharedEntry::V2(SharedV2::new(page, slot, status, status_slot))
+            }
+        })
+    }
+
+    /// The shared half of a reference's entry; `None` past the table.
+    pub(crate) fn shared(&self, gref: GrantRef) -> Option<SharedEntry<'a>> {
+        let (index, slot) = self.place(gref)?;
+        self.shared_at(self.table.frames.get(index)?, (index, slot))
+    }
+
+    /// The entry of a reference that is in use, or was; `None` past the table, and for entries that
+    /// nobody ever wanted to use.
     #[inline]
     pub(crate) fn entry(&self, gref: GrantRef) -> Option<Entry<'a>> {
-        if gref.0 >= self.entries {
-            return None;
-        }
-        let index = gref.0 as usize;
-        let active = self.table.active.get(index)?;
-        let per_page = entries_per_page(self.version) as usize;
-        let page = self.table.shared.get(index / per_page)?.get()?.as_ref();
-        let (shared, extra) = match self.version {
-            Version::V1 => (SharedEntry::V1(SharedV1::new(page, index % per_page)), None),
-            Version::V2 => {
-                let status = index / STATUS_PER_PAGE as usize;
-                let status_page = self.table.status.get(status)?.get()?.as_ref();
-                let status_slot = index % STATUS_PER_PAGE as usize;
-                let shared = SharedV2::new(page, index % per_page, status_page, status_slot);
-                (SharedEntry::V2(shared), self.table.extra.get(index))
-            }
-        };
+        let (index, slot) = self.place(gref)?;
+        let frame = self.table.frames.get(index)?;
+        let active = frame.active.get(slot / PIECE)?.get(slot % PIECE)?;
+        let shared = self.shared_at(frame, (index, slot))?;
+        let extra = frame.extra.get(slot / PIECE);
         Some(Entry {
             active,
             shared,
-            extra,
+            extra: extra.map(|piece| (piece, slot % PIECE)),
         })
+    }
+
+    /// The state of a reference's entry: nobody's, if none was ever made.
+    pub(crate) fn state(&self, gref: GrantRef) -> State {
+        self.entry(gref)
+            .map_or_else(State::default, |entry| entry.active.load())
+    }
+
+    /// The entry of a reference, for somebody who wants to use it.
+    ///
+    /// # Errors
+    /// *bad_gntref* past the table; *general_error* if there is no memory for its state.
+    #[inline]
+    pub(crate) fn entry_to_use(&self, gref: GrantRef) -> Result<Entry<'a>, GrantStatus> {
+        match self.entry(gref) {
+            Some(entry) => Ok(entry),
+            None => self.make_entry(gref),
+        }
+    }
+
+    #[cold]
+    fn make_entry(&self, gref: GrantRef) -> Result<Entry<'a>, GrantStatus> {
+        let (index, slot) = self.place(gref).ok_or(GrantStatus::BAD_GNTREF)?;
+        let frame = self.table.frames.get(index).ok_or(GrantStatus::BAD_GNTREF)?;
+        frame.active[slot / PIECE]
+            .get_or_make(0, Active::new)
+            .map_err(|OutOfMemory| GrantStatus::GENERAL_ERROR)?;
+        self.entry(gref).ok_or(GrantStatus::BAD_GNTREF)
     }
 }
 
@@ -252,7 +339,7 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
 pub(crate) struct Entry<'a> {
     pub(crate) active: &'a Active,
     pub(crate) shared: SharedEntry<'a>,
-    extra: Option<&'a AtomicU64>,
+    extra: Option<(&'a Lazy<AtomicU64, PIECE>, usize)>,
 }
 
 #[cfg(all(test, loom))]
@@ -270,12 +357,19 @@ impl<'a> Entry<'a> {
 impl Entry<'_> {
     /// See [`Extra`]. Stable while pinned.
     pub(crate) fn extra(&self) -> Extra {
-        Extra(self.extra.map_or(0, |word| word.load(Ordering::Relaxed)))
+        let word = self.extra.and_then(|(piece, slot)| piece.get(slot));
+        Extra(word.map_or(0, |word| word.load(Ordering::Relaxed)))
     }
 
-    /// Written while the entry is claimed.
+    /// Makes room for an [`Extra`], which few entries need.
+    pub(crate) fn make_extra(&self) -> Result<(), OutOfMemory> {
+        let (piece, slot) = self.extra.ok_or(OutOfMemory)?;
+        piece.get_or_make(slot, || AtomicU64::new(0)).map(drop)
+    }
+
+    /// Written while the entry is claimed, after [`Entry::make_extra`].
     pub(crate) fn set_extra(&self, extra: Extra) {
-        if let Some(word) = self.extra {
+        if let Some(word) = self.extra.and_then(|(piece, slot)| piece.get(slot)) {
             word.store(extra.0, Ordering::Relaxed);
         }
     }

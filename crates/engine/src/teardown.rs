@@ -93,12 +93,7 @@ impl<H: Hypervisor> Engine<H> {
     fn try_remove(&self, domain: &Domain<H>) -> bool {
         // The gate stays shut until the domain is out of the list: no use can begin in between.
         let _excluded = self.registry.exclude(domain);
-        let view = domain.table.view();
-        let pinned = |gref| {
-            view.entry(GrantRef(gref))
-                .is_some_and(|e| e.active.load().is_pinned())
-        };
-        let used = (0..view.entries()).any(pinned) || self.hv.is_held(domain.private());
+        let used = domain.table.is_used_from(GrantRef(0)) || self.hv.is_held(domain.private());
         !used && self.registry.remove(domain).is_some()
     }
 }

@@ -99,14 +99,14 @@ impl<H: Hypervisor> Processor<'_, H> {
         // 12
         let inside = self.enter(receiver.id()).ok_or(GrantStatus::GENERAL_ERROR)?;
         let view = inside.table.view();
-        let entry = view.entry(gref).filter(|_| view.version() == version);
+        let entry = view.shared(gref).filter(|_| view.version() == version);
         let entry = entry.ok_or(GrantStatus::GENERAL_ERROR)?;
         // 13
-        let gfn = Gfn(entry.shared.load_frame());
+        let gfn = Gfn(entry.load_frame());
         let installed = hv.install(receiver.private(), page.mfn, gfn);
         // 14, 15: the frame is there before "completed" is
         let tell_frame = receiver.kind() == DomainKind::Pv;
-        match &entry.shared {
+        match &entry {
             SharedEntry::V1(shared) => {
                 if tell_frame {
                     let [a, b, c, d, ..] = page.mfn.0.to_le_bytes();
@@ -130,20 +130,20 @@ impl<H: Hypervisor> Processor<'_, H> {
         let hv = &self.engine.hv;
         let inside = self.enter(receiver.id())?;
         let view = inside.table.view();
-        let entry = view.entry(gref)?;
+        let entry = view.shared(gref)?;
         let open = EntryHead {
             flags: EntryFlags::ACCEPT_TRANSFER,
             domid: sender,
         };
         let flags = EntryFlags::ACCEPT_TRANSFER | EntryFlags::TRANSFER_COMMITTED;
         let committed = EntryHead { flags, domid: sender };
-        let mut head = entry.shared.load_head();
+        let mut head = entry.load_head();
         for _ in 0..ATTEMPTS {
             if head != open {
                 return None;
             }
             hv.hook(Hook::ClaimLoaded);
-            match entry.shared.swap_head(head, committed) {
+            match entry.swap_head(head, committed) {
                 Ok(()) => return Some(view.version()),
                 Err(found) => head = found,
             }

@@ -10,11 +10,12 @@ use gnttab_abi::{
 };
 
 use crate::active::Pins;
-use crate::domain::Vcpu;
+use crate::domain::{Domain, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{Access, DomainKind, Hook, HostUnmapping, Hypervisor};
 use crate::iommu;
 use crate::map::{access_of, takes_type, unpin};
+use crate::registry::Visit;
 
 /// Items between two flushes (spec 3.4.1).
 pub const UNMAP_GROUP: usize = 32;
@@ -64,27 +65,37 @@ pub(crate) struct Removed {
 impl<H: Hypervisor> Processor<'_, H> {
     /// Unmaps grants in groups of [`UNMAP_GROUP`]. Every item's `status` is written.
     pub fn unmap(&mut self, vcpu: &Vcpu<H>, items: &mut [UnmapGrantRef]) {
+        let mut visit = self.visit();
         for group in items.chunks_mut(UNMAP_GROUP) {
             let mut removed = [None; UNMAP_GROUP];
             for (item, removed) in group.iter_mut().zip(&mut removed) {
-                (item.status, *removed) = self.unmap_first(vcpu, Op::UnmapGrantRef, (&*item).into());
+                (item.status, *removed) = visit.unmap_first(vcpu, Op::UnmapGrantRef, (&*item).into());
             }
-            self.unmap_second(vcpu, &removed);
+            visit.unmap_second(vcpu, &removed);
         }
     }
 
     /// Unmaps grants and puts the page-table entries of `new_addr` in their place.
     pub fn unmap_and_replace(&mut self, vcpu: &Vcpu<H>, items: &mut [UnmapAndReplace]) {
+        let mut visit = self.visit();
         for group in items.chunks_mut(UNMAP_GROUP) {
             let mut removed = [None; UNMAP_GROUP];
             for (item, removed) in group.iter_mut().zip(&mut removed) {
-                (item.status, *removed) = self.unmap_first(vcpu, Op::UnmapAndReplace, (&*item).into());
+                (item.status, *removed) = visit.unmap_first(vcpu, Op::UnmapAndReplace, (&*item).into());
             }
-            self.unmap_second(vcpu, &removed);
+            visit.unmap_second(vcpu, &removed);
         }
     }
 
+    /// Gives back a live record of a domain that is being torn down (spec 7.2).
+    pub(crate) fn forget_mapping(&mut self, vcpu: &Vcpu<H>, handle: GrantHandle) -> bool {
+        self.visit().forget_mapping(vcpu, handle)
+    }
+}
+
+impl<H: Hypervisor> Visit<'_, H> {
     /// Phase 1 of one item (spec 3.4.2), counted.
+    #[inline]
     pub(crate) fn unmap_first(
         &mut self,
         vcpu: &Vcpu<H>,
@@ -102,7 +113,8 @@ impl<H: Hypervisor> Processor<'_, H> {
     }
 
     fn unmap_one(&mut self, vcpu: &Vcpu<H>, request: Request) -> (GrantStatus, Option<Removed>) {
-        let hv = &self.engine.hv;
+        let engine = self.engine;
+        let hv = &engine.hv;
         let caller = &*vcpu.domain;
         let refuse = |status| (status, None);
         // 1, 2
@@ -182,10 +194,13 @@ impl<H: Hypervisor> Processor<'_, H> {
 
     /// The flush, then phase 2 for a group (spec 3.4.1, 3.4.3).
     pub(crate) fn unmap_second(&mut self, vcpu: &Vcpu<H>, group: &[Option<Removed>]) {
-        let hv = &self.engine.hv;
+        let engine = self.engine;
+        let hv = &engine.hv;
         if group.iter().all(Option::is_none) {
             return;
         }
+        // A flush may take long: whoever wants a table alone need not wait for it.
+        self.leave();
         if !vcpu.domain.kind().is_external() {
             hv.flush(vcpu.domain.private());
         }
@@ -198,7 +213,8 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// Lowers the pins of what was removed, then drops types and references for the kinds in
     /// `referenced`.
     fn give_back(&mut self, kind: DomainKind, caller: DomId, removed: &Removed, referenced: MapFlags) {
-        let hv = &self.engine.hv;
+        let engine = self.engine;
+        let hv = &engine.hv;
         let Removed {
             granter,
             gref,
@@ -210,7 +226,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         flags.set(MapFlags::READONLY, access == Access::Read);
         let inside = self.enter(granter);
         let mut host_type = false;
-        if let Some(granter) = &inside {
+        if let Some(granter) = inside {
             if let Some(entry) = granter.table.view().entry(gref) {
                 unpin(&entry, Pins::of_mapping(flags), access);
             }
@@ -218,27 +234,22 @@ impl<H: Hypervisor> Processor<'_, H> {
         }
         // Still inside: once it is left, a dying granter can go, and nothing of it may be held then.
         if referenced.contains(MapFlags::DEVICE_MAP) {
-            if access == Access::Write {
-                hv.put_writable(mfn);
-            }
-            hv.put_frame(mfn);
+            put(hv, mfn, access == Access::Write);
         }
         if referenced.contains(MapFlags::HOST_MAP) {
-            if host_type {
-                hv.put_writable(mfn);
-            }
-            hv.put_frame(mfn);
+            put(hv, mfn, host_type);
         }
-        let dying = inside.is_some_and(|granter| granter.is_dying());
-        if dying {
-            self.engine.reap(granter);
+        if inside.is_some_and(Domain::is_dying) {
+            self.leave();
+            engine.reap(granter);
         }
     }
 
     /// Gives back a live record of a domain that is being torn down (spec 7.2). References of a
     /// PV domain's host mappings go with its page tables, not here.
-    pub(crate) fn forget_mapping(&mut self, vcpu: &Vcpu<H>, handle: GrantHandle) -> bool {
-        let hv = &self.engine.hv;
+    fn forget_mapping(&mut self, vcpu: &Vcpu<H>, handle: GrantHandle) -> bool {
+        let engine = self.engine;
+        let hv = &engine.hv;
         let caller = &*vcpu.domain;
         let Some(record) = caller.maptrack.look(handle) else {
             return false;
@@ -278,7 +289,17 @@ impl<H: Hypervisor> Processor<'_, H> {
             };
             self.give_back(caller.kind(), caller.id(), &removed, referenced);
         }
-        caller.maptrack.release(vcpu.number, handle);
+        caller.maptrack.release_common(handle);
         true
+    }
+}
+
+/// Drops a reference, and the writable type with it where it was taken.
+#[inline]
+pub(crate) fn put<H: Hypervisor>(hv: &H, mfn: Mfn, typed: bool) {
+    if typed {
+        hv.put_writable_frame(mfn);
+    } else {
+        hv.put_frame(mfn);
     }
 }

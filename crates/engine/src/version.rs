@@ -38,12 +38,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         }
         let _excluded = engine.registry.exclude(domain);
         // 5
-        let view = domain.table.view();
-        let pinned = |gref| {
-            view.entry(GrantRef(gref))
-                .is_some_and(|e| e.active.load().is_pinned())
-        };
-        if (NR_RESERVED_ENTRIES..view.entries()).any(pinned) {
+        if domain.table.is_used_from(GrantRef(NR_RESERVED_ENTRIES)) {
             return Err(Errno::Busy);
         }
         let hv = &engine.hv;
@@ -91,7 +86,7 @@ fn reserved<H: Hypervisor, T: Copy>(
     let view = domain.table.view();
     let mut all = [empty; NR_RESERVED_ENTRIES as usize];
     for (entry, gref) in all.iter_mut().zip(0..) {
-        *entry = view.entry(GrantRef(gref)).map_or(empty, |e| read(&e.shared));
+        *entry = view.shared(GrantRef(gref)).map_or(empty, |shared| read(&shared));
     }
     all
 }
@@ -112,9 +107,6 @@ fn to_v2<H: Hypervisor>(hv: &H, domain: &Domain<H>) -> Result<(), Errno> {
     let table = &domain.table;
     let frames = table.nr_frames();
     table
-        .make_entries(Version::V2, frames)
-        .map_err(|_| Errno::NoMem)?;
-    table
         .make_status(hv, domain.private(), frames)
         .map_err(|_| Errno::NoMem)?;
     hv.hook(Hook::VersionChecked);
@@ -131,10 +123,7 @@ fn to_v2<H: Hypervisor>(hv: &H, domain: &Domain<H>) -> Result<(), Errno> {
     }
     let view = table.view();
     for (old, gref) in kept.iter().zip(0..) {
-        let Some(entry) = view.entry(GrantRef(gref)) else {
-            continue;
-        };
-        if let SharedEntry::V2(shared) = entry.shared {
+        if let Some(SharedEntry::V2(shared)) = view.shared(GrantRef(gref)) {
             let flags = old.head.flags.difference(EntryFlags::IN_USE);
             let head = EntryHead {
                 flags,
@@ -165,17 +154,13 @@ fn to_v1<H: Hypervisor>(hv: &H, domain: &Domain<H>) -> Result<(), Errno> {
     if kept.iter().any(Result::is_err) {
         return Err(Errno::Range);
     }
-    table
-        .make_entries(Version::V1, table.nr_frames())
-        .map_err(|_| Errno::NoMem)?;
     hv.hook(Hook::VersionChecked);
     retract_status(hv, domain)?;
     table.set_version(Version::V1);
     clear(domain);
     let view = table.view();
     for (entry, gref) in kept.iter().zip(0..) {
-        let place = view.entry(GrantRef(gref)).map(|place| place.shared);
-        if let (Some(SharedEntry::V1(shared)), Ok(entry)) = (place, entry) {
+        if let (Some(SharedEntry::V1(shared)), Ok(entry)) = (view.shared(GrantRef(gref)), entry) {
             shared.store(*entry);
         }
     }

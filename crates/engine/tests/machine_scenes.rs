@@ -645,7 +645,10 @@ mod tests {
                 .filter_map(|rest| rest.split(['(', '<']).next())
                 .collect()
         };
-        let wanted = names(include_str!("../src/hypervisor.rs"), "pub trait Hypervisor");
+        // Made of two others each: left to their default, wrappers see both.
+        let made_of_others = ["resolve_writable", "put_writable_frame"];
+        let mut wanted = names(include_str!("../src/hypervisor.rs"), "pub trait Hypervisor");
+        wanted.retain(|name| !made_of_others.contains(name));
         assert!(wanted.len() > 35, "{wanted:?}");
         let wrapper = names(
             include_str!("../src/machine/between.rs"),

@@ -158,7 +158,8 @@ fn audit_locks<H: Hypervisor>(engine: &Engine<H>, domains: &[Arc<Domain<H>>], fo
         for (what, _) in held.into_iter().filter(|(_, held)| *held) {
             report(format!("{id}: somebody holds {what}"));
         }
-        let partial = (0..).map_while(|gref| table.view().entry(GrantRef(gref)));
+        let view = table.view();
+        let partial = (0..view.entries()).filter_map(|gref| view.entry(GrantRef(gref)));
         let (mut busy, mut parts) = (0, 0);
         for entry in partial {
             let state = entry.active.peek();
@@ -386,7 +387,7 @@ mod tests {
         assert_eq!(kinds(&scene), [Audit::Locks]);
         drop(inside);
         drop(cpu);
-        let entry = domain.table.view().entry(Scene::GREF).unwrap();
+        let entry = domain.table.view().entry_to_use(Scene::GREF).unwrap();
         let claim = entry.active.claim(entry.active.load());
         assert_eq!(kinds(&scene), [Audit::Locks]);
         drop(claim);

@@ -1,0 +1,98 @@
+//! Indexes that a guest chooses, kept inside even where the processor runs ahead of the check.
+//!
+//! A mispredicted bounds check lets loads run with an index past the end, and what they bring into
+//! the cache tells the guest what was there (ENG-12). [`below`] checks an index and clamps it by
+//! arithmetic that no prediction skips, for a cycle or two: past the bound, the index is 0. Feature
+//! `fences` puts a barrier behind each check instead, for processors or policies that want one.
+
+#![expect(unsafe_code, reason = "the compiler must not see that a clamp is redundant")]
+
+/// The index, if it is below `bound`.
+#[inline(always)]
+pub(crate) fn below(index: u32, bound: u32) -> Option<usize> {
+    if index >= bound {
+        return None;
+    }
+    #[cfg(feature = "fences")]
+    barrier();
+    Some((index & mask(index, bound)) as usize)
+}
+
+/// All ones if `index` is below `bound`, otherwise 0; without a branch.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+#[inline(always)]
+fn mask(index: u32, bound: u32) -> u32 {
+    let mask: u32;
+    // SAFETY: two instructions on registers that are named as operands.
+    unsafe {
+        core::arch::asm!(
+            "cmp {index:e}, {bound:e}",
+            "sbb {mask:e}, {mask:e}",
+            index = in(reg) index,
+            bound = in(reg) bound,
+            mask = lateout(reg) mask,
+            options(pure, nomem, nostack),
+        );
+    }
+    mask
+}
+
+/// All ones if `index` is below `bound`, otherwise 0; without a branch.
+#[cfg(all(target_arch = "aarch64", not(miri)))]
+#[inline(always)]
+fn mask(index: u32, bound: u32) -> u32 {
+    let mask: u32;
+    // SAFETY: three instructions on registers that are named as operands.
+    unsafe {
+        core::arch::asm!(
+            "cmp {index:w}, {bound:w}",
+            "csetm {mask:w}, lo",
+            "hint #20",
+            index = in(reg) index,
+            bound = in(reg) bound,
+            mask = lateout(reg) mask,
+            options(pure, nomem, nostack),
+        );
+    }
+    mask
+}
+
+/// All ones if `index` is below `bound`, otherwise 0; without a branch where the compiler agrees.
+#[cfg(any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
+#[inline(always)]
+fn mask(index: u32, bound: u32) -> u32 {
+    let (index, bound) = core::hint::black_box((i64::from(index), i64::from(bound)));
+    ((index - bound) >> 63 & 0xFFFF_FFFF) as u32
+}
+
+/// Nothing behind this runs before everything ahead of it is known.
+#[cfg(feature = "fences")]
+#[inline(always)]
+fn barrier() {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: a fence; it touches nothing.
+    unsafe {
+        core::arch::asm!("lfence", options(nostack, preserves_flags));
+    }
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    // SAFETY: as above.
+    unsafe {
+        core::arch::asm!("dsb sy", "isb", options(nostack, preserves_flags));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_is_let_through_or_clamped() {
+        for bound in [0, 1, 2, 255, 256, u32::MAX] {
+            for index in [0, 1, 2, 254, 255, 256, 257, u32::MAX - 1, u32::MAX] {
+                let inside = index < bound;
+                assert_eq!(mask(index, bound), if inside { u32::MAX } else { 0 });
+                assert_eq!(below(index, bound), inside.then_some(index as usize));
+            }
+        }
+    }
+}
