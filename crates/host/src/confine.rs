@@ -19,10 +19,12 @@
 //! | `mmap` of shared anonymous or downward growing memory, `mremap`, `shmget` | memory that no limit counts |
 //! | `io_uring_*`, `userfaultfd`, `bpf`, `perf_event_open`, `keyctl`, `mount`, `unshare`, `setns` | the kernel's rarer doors |
 //!
-//! One thing is left to a domain outside of it: `fstatat` and `statx` are how the C library and `std` ask
-//! about an open descriptor, and the filter cannot read the name that may be given with it. So a domain can
-//! learn of a file by name that it exists, its kind, size, owner, mode and times, as far as its user may
-//! search the directories on the way. It learns nothing of the content.
+//! `fstatat` and `statx` are how the C library and `std` ask about an open descriptor, and the filter cannot
+//! read the name that may be given with it. So the process's root is a directory without files, and no name
+//! leads anywhere. That takes root or a user namespace; where neither is to be had
+//! ([`Isolation::nameless`]), and for a program that is executed, which needs its files' names, one thing is
+//! left to a domain outside of itself: it can learn of a file by name that it exists, its kind, size, owner,
+//! mode and times, as far as its user may search the directories on the way. It learns nothing of the content.
 //!
 //! A program that is executed (rather than a function of the launching binary) needs `execve`, files opened
 //! for reading and executable mappings, since it is loaded after the filter; Landlock then says which files.
@@ -91,8 +93,9 @@ pub struct Landlock {
 /// The walls around a domain's process: which of them this machine gave.
 ///
 /// Having one that [`is_isolated`](Isolation::is_isolated) tells you: when it was made, before the domain's
-/// program ran, the process could reach its own memory and its descriptors and nothing else, but for asking
-/// what a file is (not what is in it) by its name: see the [module](self).
+/// program ran, the process could reach its own memory and its descriptors and nothing else, but, where it is
+/// not [`nameless`](Isolation::nameless), for asking what a file is (not what is in it) by its name: see the
+/// [module](self).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Isolation {
     /// The user that the process became; `None`: it runs as the monitor's own.
@@ -110,6 +113,9 @@ pub struct Isolation {
     /// Descriptors, private memory, the first stack and core dumps are bounded. That there is no memory but
     /// private memory and what the monitor gave needs [`system_calls`](Self::system_calls) too.
     pub limits: bool,
+    /// Its root is a directory without files: no name leads to one.
+    #[serde(default)]
+    pub nameless: bool,
     /// What Landlock enforces.
     pub landlock: Landlock,
     /// The system-call filter is in force.
@@ -192,6 +198,9 @@ pub(crate) fn confine(wanted: &Confinement, monitor: Pid) -> Result<Isolation, C
     limit(Resource::Stack, FIRST_STACK)?;
     limit(Resource::Memlock, 0)?;
     isolation.limits = true;
+    // Before the change of user, which gives up the right to do it.
+    isolation.nameless =
+        wanted.program.is_none() && sys::leave_file_system().map_err(step("leave the file system"))?;
     if let Some(user) = wanted.user
         && sys::become_user(user).map_err(step("become a user of its own"))?
     {
@@ -456,7 +465,7 @@ fn allowed(wanted: &Confinement) -> Result<Allowed, ConfineError> {
         )?;
     }
     // fstat() and File::metadata(): a descriptor and no name. The filter cannot read the name, and the C
-    // library has no other fstat(): what a name that is given all the same tells is the one leak left.
+    // library has no other fstat(): that a name leads nowhere is for `leave_file_system`.
     let empty = number(libc::AT_EMPTY_PATH);
     when(libc::SYS_newfstatat, vec![int(3, Is::MaskedEq(empty), empty)?])?;
     when(libc::SYS_statx, vec![int(2, Is::MaskedEq(empty), empty)?])?;
@@ -534,6 +543,7 @@ mod tests {
             dies_with_monitor: true,
             descriptors_closed: true,
             limits: true,
+            nameless: true,
             landlock: Landlock {
                 abi: 6,
                 files: true,

@@ -155,6 +155,25 @@ pub fn attack_kernel(victims: &[(&str, Pid)]) -> Vec<Attempt> {
     attempts
 }
 
+/// Attempts to learn of files by their names, by the calls that are meant for descriptors.
+#[must_use]
+pub fn attack_names(names: &[&str]) -> Vec<Attempt> {
+    let mut attempts = Vec::new();
+    for name in names {
+        for (call, answer) in [
+            ("fstatat", attack::stat_name(name)),
+            ("statx", attack::statx_name(name)),
+        ] {
+            let outcome = match answer {
+                Ok(_) => Outcome::Succeeded("it is there".into()),
+                Err(errno) => Outcome::Refused(name_of(errno)),
+            };
+            attempts.push(Attempt::new(format!("learn of {name} by {call}"), outcome));
+        }
+    }
+    attempts
+}
+
 fn attack_process(who: &str, pid: Pid) -> Vec<Attempt> {
     let mut attempts = Vec::new();
     let mut tried =

@@ -25,7 +25,7 @@ pub use event::{Event, EventPort, Poller};
 pub use listener::Listener;
 pub use memory::{Backing, MemoryError, SealedMemory};
 pub(crate) use process::{
-    become_undumpable, become_user, die_with_parent, give_up_capabilities, give_up_new_privileges, limit,
-    raise_descriptor_limit, take_channel_from_stdin, take_inherited,
+    become_undumpable, become_user, die_with_parent, give_up_capabilities, give_up_new_privileges,
+    leave_file_system, limit, raise_descriptor_limit, take_channel_from_stdin, take_inherited,
 };
 pub use window::{Access, Window, WindowError};

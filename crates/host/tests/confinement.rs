@@ -18,6 +18,7 @@ use rustix::process::Pid;
 const ROLES: &[(&str, Role)] = &[
     ("attack", attack),
     ("sleep", sleep),
+    ("names", names),
     ("descriptors", descriptors),
     ("threads", threads),
     ("memory", memory),
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         a_hostile_domain_gets_nothing_from_the_kernel,
         the_same_attempts_succeed_without_confinement,
         a_hostile_domain_gets_nothing_from_a_read_only_page,
+        no_name_leads_a_domain_to_a_file,
         a_domain_has_the_descriptors_meant_for_it_and_no_other,
         a_domain_can_start_threads,
         a_domain_cannot_take_more_memory_than_it_may,
@@ -81,6 +83,27 @@ fn attack(mut start: Start) -> ExitCode {
     println!("{}", serde_json::to_string(&attempts).unwrap());
     ExitCode::SUCCESS
 }
+
+/// Asks about files that are there, by every kind of name.
+fn names(_: Start) -> ExitCode {
+    println!(
+        "{}",
+        serde_json::to_string(&hostile::attack_names(&NAMES)).unwrap()
+    );
+    ExitCode::SUCCESS
+}
+
+const NAMES: [&str; 9] = [
+    "/etc/passwd",
+    "/proc/self/exe",
+    "/proc/1",
+    "/tmp",
+    "/dev/null",
+    "etc",
+    "../../../../../../etc/passwd",
+    "../exe",
+    "./../fd",
+];
 
 fn sleep(start: Start) -> ExitCode {
     let _ = start.channel.receive_bytes(&mut [0; 8], true);
@@ -304,6 +327,22 @@ fn a_hostile_domain_gets_nothing_from_a_read_only_page() -> Result<(), Failed> {
     owner.read(0, &mut content)?;
     assert_eq!(&content, b"precious");
     all_refused(&report, 35)
+}
+
+/// The names are of files that are there; a domain that this machine could give a root of its own finds none of them.
+fn no_name_leads_a_domain_to_a_file() -> Result<(), Failed> {
+    let there = hostile::attack_names(&NAMES[..5]);
+    assert!(there.iter().all(|attempt| !attempt.is_refused()), "{there:?}");
+    let starter = Starter::new()?;
+    let launched = starter.start(program("names"))?;
+    let nameless = launched.isolation.nameless;
+    let report = finish(launched)?;
+    if nameless {
+        return all_refused(&report, 2 * NAMES.len());
+    }
+    assert!(!is_root(), "root can always have a root of its own");
+    println!("not checked: neither root nor a user namespace is to be had here");
+    Ok(())
 }
 
 fn a_domain_has_the_descriptors_meant_for_it_and_no_other() -> Result<(), Failed> {

@@ -260,6 +260,7 @@ fn line(domain: &DomainInfo) -> DomainLine {
             ),
             (isolation.no_capabilities, "no capabilities".to_owned()),
             (isolation.undumpable, "undumpable".to_owned()),
+            (isolation.nameless, "no file names".to_owned()),
         ] {
             if there {
                 walls.push(wall);

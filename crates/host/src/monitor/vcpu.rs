@@ -30,9 +30,22 @@ impl GuestMemory for Buffer<'_> {
     }
 }
 
+/// Ends a domain whose vCPU can be served no more, because the monitor has met a defect of its own: a domain that waits
+/// for an answer for ever is worse than one that is gone.
+struct Unserved<'a>(&'a Guest);
+
+impl Drop for Unserved<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.crash("the monitor failed to serve it");
+        }
+    }
+}
+
 /// Serves the calls of a vCPU until its area is closed.
 pub(crate) fn serve(engine: &Arc<Engine<Machine>>, processor: usize, vcpu: &Vcpu<Machine>, area: &Server) {
     let guest = vcpu.domain().private();
+    let _unserved = Unserved(guest);
     let Some(mut processor) = engine.processor(processor) else {
         // Its number was set aside for this thread.
         return guest.crash("no processor to serve a vCPU");
@@ -185,24 +198,30 @@ fn share(guest: &Guest, first: u64, count: u64) -> Result<u64, Errno> {
         return Err(Errno::TooBig);
     }
     let end = first.checked_add(count).ok_or(Errno::Inval)?;
+    if end > first && guest.memory.mfn(Gfn(end - 1)).is_none() {
+        return Err(Errno::Inval);
+    }
     let mut descriptors = Vec::with_capacity(MAX_DESCRIPTORS);
     let mut at = first;
     while at < end {
         let stop = end.min(at + MAX_DESCRIPTORS as u64);
-        for gfn in at..stop {
+        let shared = (at..stop).try_for_each(|gfn| {
             guest.memory.share(gfn, |page| {
                 descriptors.push(page.try_clone_to_owned().map_err(|_| Errno::NoMem)?);
                 Ok(())
-            })?;
-        }
+            })
+        });
+        // Those before one that failed are pages of their own by now: the domain must see what the monitor sees.
         let borrowed: Vec<_> = descriptors.iter().map(std::os::fd::AsFd::as_fd).collect();
-        guest.send(
-            Notice {
-                kind: NoticeKind::Page,
-                key: at,
-            },
-            &borrowed,
-        )?;
+        let notice = Notice {
+            kind: NoticeKind::Page,
+            key: at,
+        };
+        if !borrowed.is_empty() && guest.send(notice, &borrowed).is_err() {
+            guest.crash("did not take the pages that it had made shareable");
+            return Err(Errno::Again);
+        }
+        shared?;
         descriptors.clear();
         at = stop;
     }

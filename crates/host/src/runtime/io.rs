@@ -11,6 +11,9 @@ use gnttab_io::shared::SharedPages;
 use super::{Domain, Run, usize_of};
 use crate::sys::{self, WindowPages};
 
+/// Ends of access tried again before pages are taken.
+const RETRIES: usize = 64;
+
 /// Pages of this domain, granted to one peer: what a frontend's queue owns.
 #[derive(Debug)]
 pub struct Front {
@@ -35,6 +38,8 @@ impl grants::Granter for Front {
     type Pages = Run;
 
     fn alloc(&mut self, pages: usize) -> Result<Run, GrantError> {
+        // What a peer has let go of since it was retired comes back when pages are wanted.
+        self.table.retry_pending(RETRIES);
         let pages = u32::try_from(pages).map_err(|_| GrantError::NoPages)?;
         self.table
             .platform()

@@ -183,6 +183,38 @@ pub(crate) fn open_keep(path: &str, flags: i32) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Asks about a file by its name, in the way that is meant for a descriptor.
+pub(crate) fn stat_name(path: &str) -> Answer {
+    let path = CString::new(path).map_err(|_| Errno::INVAL)?;
+    let mut about = [0u64; 64];
+    let args = [
+        libc::AT_FDCWD.into(),
+        address(path.as_ptr()),
+        address(about.as_mut_ptr()),
+        libc::AT_EMPTY_PATH.into(),
+        0,
+        0,
+    ];
+    // SAFETY: reads a string that ends in zero, and fills in a structure that is smaller than the array.
+    unsafe { call(libc::SYS_newfstatat, args) }
+}
+
+/// The same by the newer call.
+pub(crate) fn statx_name(path: &str) -> Answer {
+    let path = CString::new(path).map_err(|_| Errno::INVAL)?;
+    let mut about = [0u64; 64];
+    let args = [
+        libc::AT_FDCWD.into(),
+        address(path.as_ptr()),
+        libc::AT_EMPTY_PATH.into(),
+        libc::STATX_BASIC_STATS.into(),
+        address(about.as_mut_ptr()),
+        0,
+    ];
+    // SAFETY: reads a string that ends in zero, and fills in a structure that is smaller than the array.
+    unsafe { call(libc::SYS_statx, args) }
+}
+
 /// Makes a page of its own memory executable.
 pub(crate) fn map_executable() -> Answer {
     let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;

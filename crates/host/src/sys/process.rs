@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{self, DumpableBehavior, Pid, Resource, Rlimit, Signal};
-use rustix::thread::{CapabilitySet, CapabilitySets, Gid, Uid};
+use rustix::thread::{CapabilitySet, CapabilitySets, Gid, Uid, UnshareFlags};
 
 /// Takes the channel that the monitor put in the place of standard input, puts `/dev/null` there,
 /// and closes every other descriptor but standard output and error.
@@ -43,6 +43,25 @@ pub(crate) fn become_user(user: u32) -> Result<bool, Errno> {
     }
     rustix::thread::set_thread_groups(&[])?;
     rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+    Ok(true)
+}
+
+/// Makes a directory without files its root, so that no name leads to one any more: the directory of what it knows of its
+/// own descriptors. Whether that could be done: it takes root, or a user namespace of its own, in which it then is.
+///
+/// # Errors
+/// The kernel's, when the change went half way.
+pub(crate) fn leave_file_system() -> Result<bool, Errno> {
+    const EMPTY: &str = "/proc/self/fdinfo";
+    if process::chroot(EMPTY).is_err() {
+        // SAFETY: no descriptor and no memory changes hands: only what this process may do to the system does.
+        let own = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER) };
+        if own.and_then(|()| process::chroot(EMPTY)).is_err() {
+            return Ok(false);
+        }
+    }
+    // What it was in before has names too.
+    process::chdir("/")?;
     Ok(true)
 }
 
