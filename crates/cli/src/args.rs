@@ -83,8 +83,8 @@ impl Command {
             Command::Demo(Demo { json, .. })
             | Command::Disk(Disk { json, .. })
             | Command::Run(Run { json, .. })
-            | Command::Dump(Dump { json, .. })
-            | Command::Bench(Bench { json, .. }) => *json,
+            | Command::Dump(Dump { json, .. }) => *json,
+            Command::Bench(bench) => bench.wants_json(),
             Command::AtRest(command) => command.wants_json(),
         }
     }
@@ -218,15 +218,50 @@ pub(crate) struct Dump {
 /// The limits are measured in the same rounds as the operations, and every figure is the least of many short rounds: a busy
 /// machine makes it take longer to find, and the spread says how far to believe it.
 #[derive(Debug, Args)]
-#[command(before_help = "\
+#[command(
+    args_conflicts_with_subcommands = true,
+    before_help = "\
 Examples:
   gnttab bench                                      every operation, version, batch and temperature
   gnttab bench pair/v1                              the cases with that in their names
-  gnttab bench --quick --json > now.json")]
+  gnttab bench --quick --json > now.json
+  gnttab bench disk                                 the block path, beside the file and beside qemu-nbd"
+)]
 pub(crate) struct Bench {
+    #[command(subcommand)]
+    pub(crate) what: Option<BenchCommand>,
     /// Only cases whose name contains this.
     pub(crate) filter: Option<String>,
     /// A tenth of the time: a look, not figures to quote.
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Print one JSON object with a figure for each case.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Bench {
+    /// Whether standard output is to be JSON, whatever is measured.
+    pub(crate) fn wants_json(&self) -> bool {
+        match &self.what {
+            None => self.json,
+            Some(BenchCommand::Disk(disk)) => disk.json,
+        }
+    }
+}
+
+/// What else to measure, and what to do with figures.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    Disk(BenchDisk),
+}
+
+/// Measure the block path: domain to domain beside the file itself, and the NBD export beside qemu's.
+///
+/// Needs fio, nbdcopy, qemu-nbd and qemu-storage-daemon, and 1.3 GiB of memory for five copies of an image.
+#[derive(Debug, Args)]
+pub(crate) struct BenchDisk {
+    /// One short round: a look, not figures to quote.
     #[arg(long)]
     pub(crate) quick: bool,
     /// Print one JSON object with a figure for each case.

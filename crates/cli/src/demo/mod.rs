@@ -158,7 +158,7 @@ impl Seen {
                 self.outcome = Some(outcome);
             }
             News::Failed(why) => return Err(Failure::new(format!("d2 frontend: {why}"))),
-            News::Ready | News::Totals(_) | News::Attempts(_) => {}
+            News::Ready | News::Totals(_) | News::Attempts(_) | News::Paces(_) => {}
         }
         Ok(())
     }

@@ -299,16 +299,19 @@ pub(crate) fn hex(digest: Sha256) -> String {
 }
 
 /// Keeps a number of accesses under way until there are no more.
-struct Run<'a, D> {
-    device: &'a mut D,
-    depth: usize,
-    patience: Duration,
+pub(crate) struct Run<'a, D> {
+    /// The disk.
+    pub(crate) device: &'a mut D,
+    /// How many.
+    pub(crate) depth: usize,
+    /// How long the disk may be silent.
+    pub(crate) patience: Duration,
 }
 
 impl<D: BlockDevice> Run<'_, D> {
     /// `next` makes a request, of a buffer that is free if it likes; `done` gets what it became, and gives a buffer
     /// back.
-    fn go(
+    pub(crate) fn go(
         &mut self,
         mut next: impl FnMut(Vec<u8>) -> Option<Request>,
         mut done: impl FnMut(&Request, Vec<u8>) -> Vec<u8>,

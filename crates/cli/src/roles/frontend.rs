@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use gnttab_abi::DomId;
 use gnttab_guest::{Config, GrantTable};
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::hostile::Bait;
 use super::{Joined, News, RoleError, Step, say, state_node};
 use crate::bell::Bell;
+use crate::bench::load::{self, Pattern};
 use crate::block::Geometry;
 use crate::demo::workload;
 use crate::image::SECTOR;
@@ -60,6 +62,13 @@ pub(crate) enum Job {
     Work {
         /// The hostile domain.
         bait: u16,
+    },
+    /// Accesses it for a while in each of these ways.
+    Measure {
+        /// Ways.
+        patterns: Vec<Pattern>,
+        /// How long each.
+        milliseconds: u64,
     },
 }
 
@@ -149,7 +158,7 @@ impl Frontend {
                         say(self.orders.disk, News::Totals(server.counters().totals()));
                     }
                     Some(Running::Work(bait)) => bait.step(joined)?,
-                    None => {}
+                    Some(Running::Measure) | None => {}
                 }
                 let Some(why) = self.device.broken() else {
                     return Ok(Step::Idle);
@@ -186,6 +195,8 @@ impl Frontend {
 enum Running {
     Export(Server),
     Work(Bait),
+    /// In a thread that says what came of it.
+    Measure,
 }
 
 fn begin(
@@ -225,6 +236,24 @@ fn begin(
             };
             thread::Builder::new().name("work".to_owned()).spawn(work)?;
             Ok(Running::Work(Bait::lay(joined, &device.table, *bait)?))
+        }
+        Job::Measure {
+            patterns,
+            milliseconds,
+        } => {
+            let mut first = devices.remove(0);
+            let (patterns, time) = (patterns.clone(), Duration::from_millis(*milliseconds));
+            let measure = move || {
+                say(
+                    disk,
+                    match load::run(&mut first, &patterns, time) {
+                        Ok(paces) => News::Paces(paces),
+                        Err(error) => News::Failed(error.to_string()),
+                    },
+                );
+            };
+            thread::Builder::new().name("measure".to_owned()).spawn(measure)?;
+            Ok(Running::Measure)
         }
     }
 }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bell::Bell;
 use crate::demo::report::AttemptGroup;
-use crate::demo::workload::Outcome;
+use crate::demo::workload::{Outcome, Pace};
 use crate::nbd::server::Totals;
 use crate::store::StoreClient;
 use backend::Backend;
@@ -73,7 +73,9 @@ pub(crate) enum News {
     Phase(String),
     /// The demo's workload is done.
     Outcome(Box<Outcome>),
-    /// The demo's workload cannot go on.
+    /// How fast the patterns of a measuring frontend went.
+    Paces(Vec<Pace>),
+    /// The demo's workload, or what is measured, cannot go on.
     Failed(String),
     /// What the hostile domain tried.
     Attempts(Vec<AttemptGroup>),

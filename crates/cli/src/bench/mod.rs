@@ -1,23 +1,34 @@
 //! `gnttab bench`: what grant operations cost here, each beside the limit of this machine.
 
+mod disk;
+pub(crate) mod load;
+
 use gnttab_bench::{Figure, Options, Report, run};
 
-use crate::args::Bench;
+use crate::args::{Bench, BenchCommand};
 use crate::failure::Failure;
 use crate::output;
 
 pub(crate) fn main(asked: &Bench) -> Result<(), Failure> {
+    match &asked.what {
+        None => engine(asked),
+        Some(BenchCommand::Disk(asked)) => disk::main(asked),
+    }
+}
+
+/// The engine's operations.
+fn engine(asked: &Bench) -> Result<(), Failure> {
     let mut options = if asked.quick {
         Options::quick()
     } else {
         Options::default()
     };
     options.filter.clone_from(&asked.filter);
-    if !asked.json {
+    if !asked.wants_json() {
         output::line(&Figure::heading());
     }
     let report = run(&options, &mut |figure| {
-        if !asked.json {
+        if !asked.wants_json() {
             output::line(&figure.line());
         }
     });
@@ -27,7 +38,7 @@ pub(crate) fn main(asked: &Bench) -> Result<(), Failure> {
     if report.figures.is_empty() {
         return Err(nothing(asked, &report));
     }
-    if asked.json {
+    if asked.wants_json() {
         let report = serde_json::to_value(&report).map_err(Failure::new)?;
         output::json("bench", report);
     }

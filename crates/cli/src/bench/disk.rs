@@ -1,0 +1,462 @@
+//! `gnttab bench disk`: our block path beside the file itself, and our export beside qemu's.
+//!
+//! Every target serves a copy of its own of one image in memory, all of whose blocks are written. Rounds take turns
+//! over the targets, so that whatever else the machine does disturbs all of them; what counts is a target's best round.
+//! fio is the client of all that speak NBD; on the way from domain to domain it cannot be, so a frontend does the
+//! same accesses by itself.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::load::Pattern;
+use crate::args::BenchDisk;
+use crate::demo::workload::Pace;
+use crate::failure::Failure;
+use crate::image::Image;
+use crate::output;
+use crate::roles::{News, frontend};
+use crate::session::{DiskPlan, DomainPlan, Event, JobPlan, RingPlan, Session};
+
+/// Bytes of the image.
+const SIZE: u64 = 256 << 20;
+
+/// How long a server may take until it lets clients in.
+const READY: Duration = Duration::from_secs(10);
+
+const PATTERNS: [Pattern; 6] = [
+    pattern(false, true, 4096, 1),
+    pattern(false, true, 4096, 32),
+    pattern(true, true, 4096, 1),
+    pattern(true, true, 4096, 32),
+    pattern(false, false, 128 << 10, 8),
+    pattern(true, false, 128 << 10, 8),
+];
+
+const fn pattern(write: bool, random: bool, length: u32, depth: u32) -> Pattern {
+    Pattern {
+        write,
+        random,
+        length,
+        depth,
+    }
+}
+
+/// Who is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    /// fio on the file: the limit.
+    File,
+    /// A frontend domain whose backend domain has the file.
+    Domains,
+    /// `gnttab disk`.
+    Gnttab,
+    QemuNbd,
+    QemuStorageDaemon,
+}
+
+impl Target {
+    const ALL: [Target; 5] = [
+        Target::File,
+        Target::Domains,
+        Target::Gnttab,
+        Target::QemuNbd,
+        Target::QemuStorageDaemon,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Target::File => "file, fio io_uring",
+            Target::Domains => "domain to domain",
+            Target::Gnttab => "gnttab disk, NBD",
+            Target::QemuNbd => "qemu-nbd",
+            Target::QemuStorageDaemon => "qemu-storage-daemon",
+        }
+    }
+
+    /// What it is held against.
+    fn rival(self) -> Option<Target> {
+        match self {
+            Target::File | Target::QemuNbd => None,
+            Target::Domains => Some(Target::File),
+            Target::Gnttab | Target::QemuStorageDaemon => Some(Target::QemuNbd),
+        }
+    }
+}
+
+pub(crate) fn main(args: &BenchDisk) -> Result<(), Failure> {
+    for tool in ["fio", "nbdcopy", "qemu-nbd", "qemu-storage-daemon"] {
+        has(tool)?;
+    }
+    let (rounds, time) = if args.quick {
+        (1, Duration::from_millis(400))
+    } else {
+        (3, Duration::from_secs(2))
+    };
+    let folder = Folder::new()?;
+    let mut bench = Bench::start(&folder, time)?;
+    let mut results = Vec::new();
+    for target in Target::ALL {
+        results.push((target, vec![Vec::new(); PATTERNS.len() + 1]));
+    }
+    for round in 1..=rounds {
+        output::say(&format!("round {round} of {rounds}"));
+        for (target, rates) in &mut results {
+            bench.round(*target, rates)?;
+        }
+    }
+    report(args, &results);
+    Ok(())
+}
+
+/// The rates of a target in each round, by pattern; the last is that of a copy of the whole image.
+type Rates = Vec<Vec<f64>>;
+
+struct Bench {
+    time: Duration,
+    images: Vec<(Target, PathBuf)>,
+    servers: Vec<Served>,
+}
+
+/// A server, ended when dropped.
+struct Served {
+    target: Target,
+    child: Child,
+    uri: String,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        // It may have ended by itself.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+        let _ = self.child.wait();
+    }
+}
+
+impl Bench {
+    fn start(folder: &Folder, time: Duration) -> Result<Self, Failure> {
+        let mut bench = Bench {
+            time,
+            images: Vec::new(),
+            servers: Vec::new(),
+        };
+        for (target, number) in Target::ALL.into_iter().zip(0..) {
+            let path = folder.0.join(format!("{number}.img"));
+            fill(&path).map_err(|error| Failure::new(format!("image {}: {error}", path.display())))?;
+            let socket = folder.0.join(format!("{number}.sock"));
+            if let Some((command, export)) = server(target, &path, &socket)? {
+                bench.servers.push(serve(target, command, &socket, export)?);
+            }
+            bench.images.push((target, path));
+        }
+        Ok(bench)
+    }
+
+    fn image(&self, target: Target) -> Result<&Path, Failure> {
+        let found = self.images.iter().find(|(of, _)| *of == target);
+        found
+            .map(|(_, path)| path.as_path())
+            .ok_or_else(|| Failure::new("no image"))
+    }
+
+    fn round(&mut self, target: Target, rates: &mut Rates) -> Result<(), Failure> {
+        if target == Target::Domains {
+            let paces = domains(self.image(target)?, self.time)?;
+            for (rates, pace) in rates.iter_mut().zip(paces) {
+                rates.push(pace.requests as f64 / pace.seconds);
+            }
+            return Ok(());
+        }
+        let served = self.servers.iter().find(|served| served.target == target);
+        let source = match served {
+            Some(served) => ["--ioengine=nbd".to_owned(), format!("--uri={}", served.uri)],
+            None => [
+                "--ioengine=io_uring".to_owned(),
+                format!("--filename={}", self.image(target)?.display()),
+            ],
+        };
+        for (rates, pattern) in rates.iter_mut().zip(PATTERNS) {
+            rates.push(fio(&source, pattern, self.time)?);
+        }
+        if let (Some(served), Some(rates)) = (served, rates.last_mut()) {
+            let start = Instant::now();
+            done(Command::new("nbdcopy").arg(&served.uri).arg("null:"), "nbdcopy")?;
+            rates.push(SIZE as f64 / start.elapsed().as_secs_f64());
+        }
+        Ok(())
+    }
+}
+
+/// A folder in memory, removed when dropped.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Result<Self, Failure> {
+        let path = PathBuf::from(format!("/dev/shm/gnttab-bench-{}", std::process::id()));
+        std::fs::create_dir(&path)
+            .map_err(|error| Failure::new(format!("folder {}: {error}", path.display())))?;
+        Ok(Folder(path))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // Nobody is left to tell.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Writes every block of an image.
+fn fill(path: &Path) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    let mut block = vec![0; 1 << 20];
+    let mut state = 1_u64;
+    for _ in 0..SIZE >> 20 {
+        for word in block.chunks_exact_mut(8) {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            word.copy_from_slice(&state.to_le_bytes());
+        }
+        file.write_all(&block)?;
+    }
+    Ok(())
+}
+
+fn has(tool: &str) -> Result<(), Failure> {
+    let there = Command::new(tool)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok();
+    if there {
+        return Ok(());
+    }
+    Err(Failure::new(format!("{tool} is not installed"))
+        .next("on Debian: apt-get install fio libnbd-bin qemu-utils qemu-system-common"))
+}
+
+/// How to serve an image, and the export's name in its URI.
+fn server(target: Target, image: &Path, socket: &Path) -> Result<Option<(Command, &'static str)>, Failure> {
+    let served = match target {
+        Target::File | Target::Domains => return Ok(None),
+        Target::Gnttab => {
+            let own = std::env::current_exe()
+                .map_err(|error| Failure::new(format!("this program's own file: {error}")))?;
+            let mut command = Command::new(own);
+            command.arg("disk").arg(image).arg("--socket").arg(socket);
+            (command, "")
+        }
+        Target::QemuNbd => {
+            let mut command = Command::new("qemu-nbd");
+            command.args(["--format=raw", "--persistent", "--shared=16", "--cache=writeback"]);
+            command.arg("--socket").arg(socket).arg(image);
+            (command, "")
+        }
+        Target::QemuStorageDaemon => {
+            let mut command = Command::new("qemu-storage-daemon");
+            command.arg("--blockdev");
+            command.arg(format!(
+                "driver=file,node-name=image,filename={}",
+                image.display()
+            ));
+            command.arg("--nbd-server");
+            command.arg(format!("addr.type=unix,addr.path={}", socket.display()));
+            command.args(["--export", "nbd,id=export,node-name=image,writable=on"]);
+            (command, "image")
+        }
+    };
+    Ok(Some(served))
+}
+
+fn serve(target: Target, mut command: Command, socket: &Path, export: &str) -> Result<Served, Failure> {
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| Failure::new(format!("{}: {error}", target.name())))?;
+    let served = Served {
+        target,
+        child,
+        uri: format!("nbd+unix:///{export}?socket={}", socket.display()),
+    };
+    let started = Instant::now();
+    while UnixStream::connect(socket).is_err() {
+        if started.elapsed() > READY {
+            return Err(Failure::new(format!("{} lets nobody in", target.name())));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(served)
+}
+
+/// Runs a command to its end; what it said on standard output.
+fn done(command: &mut Command, name: &str) -> Result<Vec<u8>, Failure> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| Failure::new(format!("{name}: {error}")))?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let last = said.lines().last().unwrap_or_default().to_owned();
+    Err(Failure::new(format!("{name}: {}: {last}", output.status)))
+}
+
+/// Accesses a second.
+fn fio(source: &[String], pattern: Pattern, time: Duration) -> Result<f64, Failure> {
+    let mut command = Command::new("fio");
+    command.args(["--name=bench", "--time_based", "--output-format=json", "--thread"]);
+    command.args(source);
+    command.arg(format!("--rw={}", pattern.fio()));
+    command.arg(format!("--bs={}", pattern.length));
+    command.arg(format!("--iodepth={}", pattern.depth));
+    command.arg(format!("--size={SIZE}"));
+    command.arg(format!("--ramp_time={}ms", (time / 4).as_millis()));
+    command.arg(format!("--runtime={}ms", time.as_millis()));
+    let said = done(&mut command, "fio")?;
+    // Some engines put a line of their own before the JSON.
+    let start = said.iter().position(|&byte| byte == b'{').unwrap_or(0);
+    let direction = if pattern.write { "write" } else { "read" };
+    serde_json::from_slice::<Value>(&said[start..])
+        .ok()
+        .and_then(|said| said["jobs"][0][direction]["iops"].as_f64())
+        .ok_or_else(|| Failure::new(format!("fio: said nothing about its {direction}s")))
+}
+
+/// The patterns on the way from a frontend domain to its backend domain.
+fn domains(image: &Path, time: Duration) -> Result<Vec<Pace>, Failure> {
+    let disk = DiskPlan {
+        image: Image::open(image, false)?,
+        backend: 0,
+        frontend: 1,
+        rings: RingPlan {
+            queues: 1,
+            order: 0,
+            persistent: true,
+        },
+        job: JobPlan::Role(frontend::Job::Measure {
+            patterns: PATTERNS.to_vec(),
+            milliseconds: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
+        }),
+    };
+    let domains = vec![DomainPlan::new("backend"), DomainPlan::new("frontend")];
+    let name = format!("bench-{}", std::process::id());
+    let mut session = Session::start(&name, domains, vec![disk])?;
+    let patience = READY + 2 * time * u32::try_from(PATTERNS.len()).unwrap_or(1);
+    let started = Instant::now();
+    let paces = loop {
+        if started.elapsed() > patience {
+            return Err(Failure::new("domain to domain: no figures came"));
+        }
+        match session.next_event(Duration::from_millis(200))? {
+            Some(Event::Word { word, .. }) => match word.news {
+                News::Paces(paces) => break paces,
+                News::Failed(why) => return Err(Failure::new(format!("domain to domain: {why}"))),
+                _ => {}
+            },
+            Some(Event::Restarted { name, how } | Event::Ended { name, how, .. }) => {
+                return Err(Failure::new(format!("domain {name} {how}")));
+            }
+            None => {}
+        }
+    };
+    session.stop(|_| {})?;
+    Ok(paces)
+}
+
+fn best(rates: &[f64]) -> Option<f64> {
+    rates.iter().copied().max_by(f64::total_cmp)
+}
+
+fn report(args: &BenchDisk, results: &[(Target, Rates)]) {
+    let best_of = |target: Target, at: usize| {
+        let (_, rates) = results.iter().find(|(of, _)| *of == target)?;
+        best(rates.get(at)?)
+    };
+    let mut cases = Vec::new();
+    let names = PATTERNS
+        .iter()
+        .map(ToString::to_string)
+        .chain(["nbdcopy".to_owned()]);
+    for (at, name) in names.enumerate() {
+        for (target, rates) in results {
+            let Some(rate) = best(&rates[at]) else { continue };
+            let rival = target
+                .rival()
+                .and_then(|rival| Some((rival, best_of(rival, at)?)));
+            cases.push(Case {
+                name: name.clone(),
+                length: PATTERNS.get(at).map_or(1, |pattern| u64::from(pattern.length)),
+                target: *target,
+                rate,
+                rounds: rates[at].clone(),
+                rival,
+            });
+        }
+    }
+    if args.json {
+        let cases: Vec<Value> = cases.iter().map(Case::to_json).collect();
+        output::json("bench disk", json!({ "image_bytes": SIZE, "cases": cases }));
+        return;
+    }
+    for case in &cases {
+        output::line(&case.line());
+    }
+}
+
+/// A target's figure for one pattern.
+struct Case {
+    name: String,
+    length: u64,
+    target: Target,
+    /// Accesses a second; bytes a second for a copy of the whole.
+    rate: f64,
+    rounds: Vec<f64>,
+    rival: Option<(Target, f64)>,
+}
+
+impl Case {
+    fn mebibytes(&self) -> f64 {
+        self.rate * self.length as f64 / f64::from(1 << 20)
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
+            "name": self.name,
+            "target": self.target.name(),
+            "per_second": self.rate,
+            "mebibytes_per_second": self.mebibytes(),
+            "rounds": self.rounds,
+            "compared_with": self.rival.map(|(rival, _)| rival.name()),
+            "ratio": self.rival.map(|(_, rate)| self.rate / rate),
+        })
+    }
+
+    fn line(&self) -> String {
+        let rate = if self.length == 1 {
+            String::new()
+        } else {
+            format!("{:.0} a second", self.rate)
+        };
+        let ratio = self
+            .rival
+            .map(|(rival, rate)| format!("{:.2} x {}", self.rate / rate, rival.name()))
+            .unwrap_or_default();
+        let line = format!(
+            "{:<22} {:<20} {rate:>16} {:>7.0} MiB/s  {ratio}",
+            self.name,
+            self.target.name(),
+            self.mebibytes()
+        );
+        line.trim_end().to_owned()
+    }
+}
