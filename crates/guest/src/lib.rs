@@ -71,6 +71,7 @@ extern crate alloc;
 extern crate std;
 
 mod call;
+mod consumer;
 mod free;
 mod grant;
 mod map_error;
@@ -89,6 +90,7 @@ mod window;
 mod words;
 
 pub use call::{Call, RawCall, RawCallError};
+pub use consumer::{ConsumerStats, TooManyConsumers};
 pub use grant::{Access, Grant, GrantError, GrantRefused, GrantResult, Part, StillWritable, TransitiveGrant};
 pub use map_error::{MapError, UnmapError, UnmapFailure};
 pub use mapping::{MapRequest, MappedRun, Mapper, Mapping};

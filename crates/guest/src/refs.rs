@@ -164,7 +164,7 @@ impl<X: Granter> GrantTable<X> {
     /// # Errors
     /// [`AllocError`].
     pub fn alloc_one(&self) -> Result<OwnedRef<X>, AllocError> {
-        let number = self.0.obtain(1, |free| free.take().ok_or(1))?;
+        let number = self.0.obtain(self.1, 1, |free| free.take().ok_or(1))?;
         Ok(OwnedRef::new(&self.0, GrantRef(number)))
     }
 
@@ -177,7 +177,7 @@ impl<X: Granter> GrantTable<X> {
         let room = usize::try_from(count).map_err(|_| AllocError::NoMemory)?;
         refs.try_reserve_exact(room).map_err(|_| AllocError::NoMemory)?;
         self.0
-            .obtain(count, |free| match count.saturating_sub(free.len()) {
+            .obtain(self.1, count, |free| match count.saturating_sub(free.len()) {
                 0 => {
                     refs.extend((0..count).filter_map(|_| free.take()).map(GrantRef));
                     Ok(())
@@ -197,7 +197,7 @@ impl<X: Granter> GrantTable<X> {
     /// # Errors
     /// [`AllocError`]; nothing is taken then.
     pub fn alloc_run(&self, count: u32) -> Result<Run<X>, AllocError> {
-        let next = self.0.obtain(count, |free| {
+        let next = self.0.obtain(self.1, count, |free| {
             free.take_run(count)
                 .ok_or_else(|| count.saturating_sub(free.tail()))
         })?;

@@ -9,6 +9,7 @@ use core::task::Waker;
 
 use gnttab_abi::{GrantRef, NR_RESERVED_ENTRIES, V1_ENTRIES_PER_PAGE, status_pages_for};
 
+use crate::consumer::{ConsumerId, Consumers, OverQuota, Taker};
 use crate::free::{FreeSet, Room};
 use crate::pending::Bare;
 use crate::queue::Queue;
@@ -90,6 +91,16 @@ pub enum AllocError {
         /// Frames that the table may have.
         max_frames: u32,
     },
+    /// The consumer has as many as it may have ([`GrantTable::consumer`]).
+    #[error("no {wanted} grant references: this consumer has {used} of the {quota} that it may have")]
+    Quota {
+        /// How many were asked for.
+        wanted: u32,
+        /// How many it has.
+        used: u32,
+        /// How many it may have.
+        quota: u32,
+    },
     /// The table could not be enlarged.
     #[error("cannot enlarge the grant table: {0}")]
     Reach(#[from] ReachError),
@@ -117,7 +128,7 @@ pub struct TooManyWaiters(pub usize);
 ///
 /// Granting and ending take no lock. Allocating takes one for a few instructions, and may make
 /// hypercalls when the table has to grow; interrupt handlers therefore claim from a batch.
-pub struct GrantTable<X: Granter>(pub(crate) Arc<Shared<X>>);
+pub struct GrantTable<X: Granter>(pub(crate) Arc<Shared<X>>, pub(crate) ConsumerId);
 
 /// What is the same for all clones of a table and for everything taken from it.
 pub(crate) struct Shared<X: Granter> {
@@ -133,6 +144,7 @@ pub(crate) struct Shared<X: Granter> {
 pub(crate) struct State<X: Granter> {
     size: Size,
     free: FreeSet,
+    pub(crate) consumers: Consumers,
     waiters: Vec<Waiter>,
     pub(crate) pages: Queue<X::Page>,
     pub(crate) bare: Queue<Bare>,
@@ -150,13 +162,25 @@ impl<X: Granter> State<X> {
     /// Takes one off the list who waits for no more references than there are.
     fn satisfied(&mut self) -> Option<Waiter> {
         let free = self.free.len();
-        let at = self.waiters.iter().position(|waiter| waiter.wanted <= free)?;
+        let room = |waiter: &Waiter| free.min(self.consumers.room(waiter.consumer));
+        let at = self
+            .waiters
+            .iter()
+            .position(|waiter| waiter.wanted <= room(waiter))?;
         Some(self.waiters.swap_remove(at))
     }
 }
 
+/// Why references could not be taken.
+enum Short {
+    /// So many are lacking in a table of that size.
+    Free(u32, Size),
+    Quota(AllocError),
+}
+
 struct Waiter {
     wanted: u32,
+    consumer: ConsumerId,
     waker: Waker,
 }
 
@@ -203,6 +227,7 @@ impl<X: Granter> GrantTable<X> {
                 max_frames,
             },
             free: FreeSet::new(NR_RESERVED_ENTRIES),
+            consumers: Consumers::new(),
             waiters,
             pages: Queue::new(config.max_pending).map_err(|_| AllocError::NoMemory)?,
             bare: Queue::new(config.max_pending).map_err(|_| AllocError::NoMemory)?,
@@ -217,7 +242,7 @@ impl<X: Granter> GrantTable<X> {
             config,
         };
         shared.grow_to(config.first_frames.clamp(1, max_frames))?;
-        Ok(GrantTable(Arc::new(shared)))
+        Ok(GrantTable(Arc::new(shared), ConsumerId::default()))
     }
 
     /// Puts the table back in place after a migration or a resume: the version is asked for
@@ -281,7 +306,8 @@ impl<X: Granter> GrantTable<X> {
         })
     }
 
-    /// Wakes `waker`, once, when at least `wanted` references are free; at once if they are.
+    /// Wakes `waker`, once, when at least `wanted` references are free, and within the quota of a
+    /// [consumer](GrantTable::consumer) that asks; at once if they are.
     /// Asking again with a waker that would wake the same task only changes the number.
     ///
     /// A kernel without tasks makes a waker of any callback with [`alloc::task::Wake`]:
@@ -319,6 +345,7 @@ impl<X: Granter> GrantTable<X> {
         let max = self.0.config.max_waiters;
         let new = Waiter {
             wanted,
+            consumer: self.1,
             waker: waker.clone(),
         };
         let unused = self.0.state.with(&*self.0.x, |state| {
@@ -328,7 +355,7 @@ impl<X: Granter> GrantTable<X> {
                 .position(|waiter| waiter.waker.will_wake(&new.waker))
             {
                 Some(at) => {
-                    waiters[at].wanted = wanted;
+                    (waiters[at].wanted, waiters[at].consumer) = (wanted, self.1);
                     Ok(Some(new))
                 }
                 None if waiters.len() < max => {
@@ -367,7 +394,7 @@ impl<X: Granter> GrantTable<X> {
 
 impl<X: Granter> Clone for GrantTable<X> {
     fn clone(&self) -> Self {
-        GrantTable(Arc::clone(&self.0))
+        GrantTable(Arc::clone(&self.0), self.1)
     }
 }
 
@@ -378,21 +405,33 @@ impl<X: Granter> fmt::Debug for GrantTable<X> {
 }
 
 impl<X: Granter> Shared<X> {
-    /// Takes references with `attempt`, which says how many it lacked; the table grows by as many
-    /// as it takes.
+    /// Takes references for a consumer with `attempt`, which says how many it lacked; the table grows by as
+    /// many as it takes.
     pub(crate) fn obtain<R>(
         &self,
+        consumer: ConsumerId,
         wanted: u32,
-        mut attempt: impl FnMut(&mut FreeSet) -> Result<R, u32>,
+        mut attempt: impl FnMut(&mut Taker<'_>) -> Result<R, u32>,
     ) -> Result<R, AllocError> {
         let x = &*self.x;
         let mut take = || {
             self.state.with(x, |state| {
-                attempt(&mut state.free).map_err(|lack| (lack, state.size))
+                let State { free, consumers, .. } = state;
+                if let Err(OverQuota { used, quota }) = consumers.check(consumer, wanted) {
+                    return Err(Short::Quota(AllocError::Quota { wanted, used, quota }));
+                }
+                let mut taker = Taker {
+                    free,
+                    consumers,
+                    consumer,
+                };
+                attempt(&mut taker).map_err(|lack| Short::Free(lack, state.size))
             })
         };
-        if let Ok(taken) = take() {
-            return Ok(taken);
+        match take() {
+            Ok(taken) => return Ok(taken),
+            Err(Short::Quota(error)) => return Err(error),
+            Err(Short::Free(..)) => {}
         }
         // One grows the table at a time; who waited for that looks again first. Others may take
         // what was grown before we do: each round adds frames, so the maximum ends this.
@@ -400,7 +439,8 @@ impl<X: Granter> Shared<X> {
             loop {
                 let (lack, size) = match take() {
                     Ok(taken) => return Ok(taken),
-                    Err(short) => short,
+                    Err(Short::Quota(error)) => return Err(error),
+                    Err(Short::Free(lack, size)) => (lack, size),
                 };
                 let more = lack.div_ceil(self.frames.version().entries_per_frame()).max(1);
                 match size.frames.checked_add(more) {
@@ -425,11 +465,18 @@ impl<X: Granter> Shared<X> {
         // `MOST_FRAMES` keeps the product below the largest number.
         let total = frames.saturating_mul(version.entries_per_frame());
         let room = Room::for_total(total).map_err(|_| AllocError::NoMemory)?;
+        let mut owner = Vec::new();
+        owner
+            .try_reserve_exact(usize::try_from(total).unwrap_or(usize::MAX))
+            .map_err(|_| AllocError::NoMemory)?;
         let has = self.state.with(&*self.x, |state| state.size.frames);
         self.place(version, has..frames)?;
         let old = self.state.with(&*self.x, |state| {
             state.size.frames = frames;
-            state.free.extend(total, room)
+            (
+                state.free.extend(total, room),
+                state.consumers.extend(total, owner),
+            )
         });
         drop(old);
         self.wake_waiters();
@@ -468,6 +515,9 @@ impl<X: Granter> Shared<X> {
                 for gref in some {
                     let was_taken = state.free.put(gref.0);
                     debug_assert!(was_taken, "reference {gref} was freed twice");
+                    if was_taken {
+                        state.consumers.discharge(gref.0);
+                    }
                 }
                 state.satisfied()
             });
@@ -479,7 +529,7 @@ impl<X: Granter> Shared<X> {
     }
 
     /// Wakes whoever waits for no more references than there are.
-    fn wake_waiters(&self) {
+    pub(crate) fn wake_waiters(&self) {
         while let Some(waiter) = self.state.with(&*self.x, State::satisfied) {
             waiter.waker.wake();
         }

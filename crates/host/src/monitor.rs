@@ -51,7 +51,10 @@ use gnttab_xenstore::server::{self, ServerError, ServerHandle};
 use rustix::io::Errno;
 
 pub use news::{BadFilter, EventInfo, EventKind, Filter, Heard, Watch};
-pub use view::{Counters, DomainInfo, Entries, GrantInfo, MachineInfo, MappingInfo, PortInfo, State};
+pub use view::{
+    ConsumerInfo, Counters, DomainInfo, Entries, GrantInfo, MachineInfo, MappingInfo, PendingInfo, PortInfo,
+    ReportInfo, State,
+};
 
 use crate::area::Closer;
 use crate::confine::Isolation;

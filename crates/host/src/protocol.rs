@@ -9,7 +9,7 @@
 
 use std::fmt;
 
-use gnttab_abi::{Abi, DomId, Errno, Gfn};
+use gnttab_abi::{Abi, DomId, Errno, Gfn, GrantRef};
 
 /// The calling ABI of domains on this machine.
 pub const ABI: Abi = if cfg!(target_arch = "aarch64") {
@@ -35,6 +35,9 @@ pub const CALL_PORT_NEW: u32 = 0x4003;
 pub const CALL_PORT_BIND: u32 = 0x4004;
 /// Gives a port up: its number. The descriptors are the domain's to close.
 pub const CALL_PORT_CLOSE: u32 = 0x4005;
+
+/// Says how the domain's grant table stands, as its driver knows it: offset and length of a [`Report`] in the buffer.
+pub const CALL_REPORT: u32 = 0x4006;
 
 /// Pages that one [`CALL_SHARE`] may name.
 pub const MAX_SHARE: u64 = 256;
@@ -220,10 +223,7 @@ impl Join {
         for (at, word) in bytes.chunks_exact_mut(4).zip(words) {
             at.copy_from_slice(&word.to_le_bytes());
         }
-        let cut = (0..=NAME.min(self.name.len()))
-            .rev()
-            .find(|at| self.name.is_char_boundary(*at));
-        let name = self.name.get(..cut.unwrap_or(0)).unwrap_or_default().as_bytes();
+        let name = cut(&self.name, NAME);
         bytes[NAME..NAME + name.len()].copy_from_slice(name);
         bytes
     }
@@ -290,6 +290,167 @@ impl Notice {
         let key = u64::from(word(bytes, 8)) | u64::from(word(bytes, 12)) << 32;
         Ok(Notice { kind: *kind, key })
     }
+}
+
+/// What a domain says of its own grant table, which only its driver knows. The monitor shows it to people and acts on none
+/// of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// References that exist.
+    pub refs: u32,
+    /// References that are free.
+    pub free: u32,
+    /// References, with their pages, that the driver has given up for good.
+    pub leaked: u64,
+    /// Ends of access that peers do not let happen yet.
+    pub pending_total: u32,
+    /// The first of these, [`MOST_PENDING`] at most.
+    pub pending: Vec<PendingEnd>,
+    /// Who has how many references, [`MOST_CONSUMERS`] at most.
+    pub consumers: Vec<Consumer>,
+}
+
+/// An end of access that the peer does not let happen yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PendingEnd {
+    /// The reference.
+    pub gref: GrantRef,
+    /// Who still uses it.
+    pub peer: DomId,
+    /// How often the end was attempted.
+    pub tries: u32,
+}
+
+/// A consumer of a grant table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Consumer {
+    /// What it is called; 16 bytes are kept.
+    pub name: String,
+    /// References that it has.
+    pub used: u32,
+    /// References that it may have.
+    pub quota: u32,
+    /// How often it was refused references for that.
+    pub refused: u64,
+}
+
+/// Ends of access in one [`Report`].
+pub const MOST_PENDING: usize = 256;
+/// Consumers in one [`Report`].
+pub const MOST_CONSUMERS: usize = 64;
+const REPORT_MAGIC: u32 = 0x4754_4e52;
+const REPORT_HEAD: usize = 40;
+const PENDING_SIZE: usize = 12;
+const CONSUMER_SIZE: usize = 32;
+const CONSUMER_NAME: usize = 16;
+/// Bytes of the longest [`Report`].
+pub const REPORT_SIZE: usize = REPORT_HEAD + MOST_PENDING * PENDING_SIZE + MOST_CONSUMERS * CONSUMER_SIZE;
+
+impl Report {
+    /// As bytes; what is beyond the numbers that it may have is left out.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
+        let pending = &self.pending[..self.pending.len().min(MOST_PENDING)];
+        let consumers = &self.consumers[..self.consumers.len().min(MOST_CONSUMERS)];
+        let mut bytes = Vec::new();
+        let put = |bytes: &mut Vec<u8>, words: &[u32]| {
+            words.iter().for_each(|word| bytes.extend(word.to_le_bytes()));
+        };
+        put(
+            &mut bytes,
+            &[
+                REPORT_MAGIC,
+                VERSION,
+                count(pending.len()),
+                count(consumers.len()),
+            ],
+        );
+        put(&mut bytes, &[self.refs, self.free, self.pending_total, 0]);
+        bytes.extend(self.leaked.to_le_bytes());
+        for end in pending {
+            put(&mut bytes, &[end.gref.0, end.peer.0.into(), end.tries]);
+        }
+        for consumer in consumers {
+            let mut name = [0; CONSUMER_NAME];
+            let kept = cut(&consumer.name, CONSUMER_NAME);
+            name[..kept.len()].copy_from_slice(kept);
+            bytes.extend(name);
+            put(&mut bytes, &[consumer.used, consumer.quota]);
+            bytes.extend(consumer.refused.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// From bytes.
+    ///
+    /// # Errors
+    /// [`BadMessage`] for anything that [`Self::encode`] does not make.
+    pub fn decode(bytes: &[u8]) -> Result<Report, BadMessage> {
+        let bad = |why| BadMessage { what: "report", why };
+        if bytes.len() < REPORT_HEAD || word(bytes, 0) != REPORT_MAGIC {
+            return Err(bad("it is no report"));
+        }
+        if word(bytes, 4) != VERSION {
+            return Err(bad("the program and the monitor are of different versions"));
+        }
+        let count = |at, most| {
+            usize::try_from(word(bytes, at))
+                .ok()
+                .filter(|count| *count <= most)
+        };
+        let pending = count(8, MOST_PENDING).ok_or(bad("too many pending ends"))?;
+        let consumers = count(12, MOST_CONSUMERS).ok_or(bad("too many consumers"))?;
+        let (head, rest) = bytes.split_at(REPORT_HEAD);
+        if rest.len() != pending * PENDING_SIZE + consumers * CONSUMER_SIZE {
+            return Err(bad("its length is wrong"));
+        }
+        let long = |bytes: &[u8], at| u64::from(word(bytes, at)) | u64::from(word(bytes, at + 4)) << 32;
+        let (ends, rest) = rest.split_at(pending * PENDING_SIZE);
+        let end = |bytes: &[u8]| {
+            Ok(PendingEnd {
+                gref: GrantRef(word(bytes, 0)),
+                peer: DomId(u16::try_from(word(bytes, 4)).map_err(|_| bad("a peer is no domain"))?),
+                tries: word(bytes, 8),
+            })
+        };
+        let consumer = |bytes: &[u8]| {
+            let name = bytes[..CONSUMER_NAME].split(|byte| *byte == 0).next();
+            let name =
+                std::str::from_utf8(name.unwrap_or_default()).map_err(|_| bad("a name is not UTF-8"))?;
+            if name.chars().any(char::is_control) {
+                return Err(bad("a name is not printable"));
+            }
+            Ok(Consumer {
+                name: name.to_owned(),
+                used: word(bytes, 16),
+                quota: word(bytes, 20),
+                refused: long(bytes, 24),
+            })
+        };
+        Ok(Report {
+            refs: word(head, 16),
+            free: word(head, 20),
+            pending_total: word(head, 24),
+            leaked: long(head, 32),
+            pending: ends
+                .chunks_exact(PENDING_SIZE)
+                .map(end)
+                .collect::<Result<_, _>>()?,
+            consumers: rest
+                .chunks_exact(CONSUMER_SIZE)
+                .map(consumer)
+                .collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// As much of a text as so many bytes hold.
+fn cut(text: &str, most: usize) -> &[u8] {
+    let at = (0..=most.min(text.len()))
+        .rev()
+        .find(|at| text.is_char_boundary(*at));
+    text.get(..at.unwrap_or(0)).unwrap_or_default().as_bytes()
 }
 
 /// What a call answered: a number that is not negative, or an error.
@@ -396,6 +557,59 @@ mod tests {
             other[0] = kind;
             assert!(Notice::decode(&other).is_err(), "kind {kind}");
         }
+    }
+
+    #[test]
+    fn a_report_comes_back_as_sent_and_others_are_refused() {
+        let report = Report {
+            refs: 512,
+            free: 7,
+            leaked: 1 << 40,
+            pending_total: 300,
+            pending: vec![PendingEnd {
+                gref: GrantRef(8),
+                peer: DomId(2),
+                tries: 5,
+            }],
+            consumers: vec![
+                Consumer {
+                    name: String::new(),
+                    used: 1,
+                    quota: u32::MAX,
+                    refused: 0,
+                },
+                Consumer {
+                    name: "vbd51712".into(),
+                    used: 32,
+                    quota: 32,
+                    refused: 1 << 33,
+                },
+            ],
+        };
+        let bytes = report.encode();
+        assert_eq!(Report::decode(&bytes), Ok(report));
+        for len in 0..bytes.len() {
+            assert!(Report::decode(&bytes[..len]).is_err(), "{len} bytes");
+        }
+        for (at, value) in [(0, 0), (4, 9), (9, 9), (12, 65), (46, 1), (84, 0xff), (84, 0x1b)] {
+            let mut other = bytes.clone();
+            other[at] = value;
+            assert!(Report::decode(&other).is_err(), "byte {at}");
+        }
+        let end = PendingEnd {
+            gref: GrantRef(1),
+            peer: DomId(1),
+            tries: 1,
+        };
+        let many = Report {
+            pending: vec![end; MOST_PENDING + 1],
+            ..Report::default()
+        };
+        assert_eq!(
+            Report::decode(&many.encode()).unwrap().pending.len(),
+            MOST_PENDING
+        );
+        assert!(many.encode().len() <= REPORT_SIZE);
     }
 
     #[test]

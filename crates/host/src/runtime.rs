@@ -42,6 +42,7 @@ pub mod io;
 mod guest;
 mod port;
 mod ram;
+mod reporter;
 mod vcpus;
 
 use std::collections::HashMap;
@@ -66,6 +67,7 @@ use vcpus::Vcpus;
 
 pub use port::Port;
 pub use ram::{NoPages, RamPage, Run};
+pub use reporter::Reporter;
 
 /// How long the monitor may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(20);

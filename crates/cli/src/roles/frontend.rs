@@ -103,10 +103,13 @@ impl Frontend {
             return Ok(Vec::new());
         }
         let table = GrantTable::start(Arc::clone(&joined.domain), Config::default())?;
+        joined.reporter = Some(Domain::keep_reporting(&table)?);
         let one = |orders: Orders| {
             joined.store.watch(&state_node(&orders.directory))?;
+            // What the disk's rings and requests need at most; others' disks have theirs.
+            let quota = orders.queues.saturating_mul(1056 + (1 << orders.ring_order)) + 1;
             let device = Device {
-                table: table.clone(),
+                table: table.consumer(&format!("disk{}", orders.disk), quota)?,
                 queues: Vec::new(),
                 bell: joined.bell.clone(),
             };

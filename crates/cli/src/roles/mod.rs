@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gnttab_host::launch::{Role, Start};
-use gnttab_host::runtime::Domain;
+use gnttab_host::runtime::{Domain, Reporter};
 use gnttab_io::xenbus::{Store as _, Tx, XenbusState, read_state};
 use gnttab_xenstore::client::Client;
 use serde::{Deserialize, Serialize};
@@ -139,6 +139,8 @@ struct Joined {
     descriptors: HashMap<String, OwnedFd>,
     /// Rung when a thread of a driver wants the control loop to look.
     bell: Bell,
+    /// Tells the monitor how the own grant table stands, once there is one.
+    reporter: Option<Reporter>,
 }
 
 impl Joined {
@@ -188,6 +190,7 @@ fn disks(start: Start) -> Result<(), RoleError> {
         store: StoreClient::new(Client::new(connection)),
         descriptors: start.descriptors,
         bell: Bell::new()?,
+        reporter: None,
     };
     joined.store.watch(&shutdown)?;
     let mut backends = Backend::all(&mut joined, orders.backends)?;

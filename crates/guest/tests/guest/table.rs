@@ -315,3 +315,71 @@ fn the_table_takes_as_many_bytes_as_the_header_says() {
     assert_eq!(Version::V1.entries_per_frame() as usize * 8, PAGE_SIZE);
     assert_eq!(Version::V2.entries_per_frame() as usize * 16, PAGE_SIZE);
 }
+
+#[test]
+fn a_consumer_never_has_more_than_its_quota_whatever_becomes_of_its_references() {
+    let bench = Bench::new(Version::V1);
+    let (net, disk) = (
+        bench.table.consumer("vif0", 8).unwrap(),
+        bench.table.consumer("vbd0", 4000).unwrap(),
+    );
+    let used = |at: usize| bench.table.consumers()[at].used;
+    let one = net.alloc_one().unwrap();
+    let gref = one.gref();
+    let batch = net.clone().alloc(3).unwrap();
+    let run = net.alloc_run(4).unwrap();
+    assert_eq!(
+        net.alloc(1).unwrap_err(),
+        AllocError::Quota {
+            wanted: 1,
+            used: 8,
+            quota: 8
+        }
+    );
+    assert!(net.alloc_run(1).is_err());
+    assert_eq!(used(1), 8);
+    // The others do not notice, and the table grows for them.
+    let much = disk.alloc(2000).unwrap();
+    assert_eq!((used(0), used(2)), (0, 2000));
+    drop((run, much));
+    assert_eq!((used(1), used(2)), (4, 0));
+    // What a peer keeps stays charged until the peer lets go.
+    let grant = bench
+        .table
+        .grant(one, PEER, bench.me.page(), Access::ReadWrite)
+        .unwrap();
+    let peer = bench.me.table.begin(PEER, gref, true, true).unwrap();
+    drop(grant);
+    drop(batch);
+    assert_eq!((used(1), bench.table.stats().pending), (1, 1));
+    let _ = peer;
+    bench.me.table.end(gref, true);
+    bench.table.retry_pending(8);
+    assert_eq!((used(1), bench.table.stats().pending), (0, 0));
+    assert_eq!(bench.table.consumers()[1].refused, 2);
+    // By the same name it goes on with what it has.
+    let same = bench.table.consumer("vif0", 1).unwrap();
+    let _one = net.alloc_one().unwrap();
+    assert!(same.alloc_one().is_err());
+    assert_eq!(bench.table.consumers().len(), 3);
+}
+
+#[test]
+fn a_consumer_at_its_quota_waits_for_its_own_references() {
+    let bench = Bench::new(Version::V1);
+    let net = bench.table.consumer("vif0", 2).unwrap();
+    let woken = Arc::new(Counter::default());
+    let waker = Waker::from(Arc::clone(&woken));
+    let woken = || woken.0.load(Ordering::SeqCst);
+    let held = net.alloc(2).unwrap();
+    net.on_free(1, &waker).unwrap();
+    assert_eq!(woken(), 0, "others' references are not for it");
+    drop(bench.table.alloc(4).unwrap());
+    assert_eq!(woken(), 0);
+    drop(held);
+    assert_eq!(woken(), 1);
+    let _held = net.alloc(2).unwrap();
+    net.on_free(1, &waker).unwrap();
+    bench.table.consumer("vif0", 3).unwrap();
+    assert_eq!(woken(), 2, "a larger quota is room too");
+}

@@ -1,12 +1,12 @@
 //! The hypervisor that embeds the engine: frames are pages of memfds, mappings are descriptors sent.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Instant;
 
-use gnttab_abi::{DomId, Errno, Gfn, MapFlags, Mfn, PAGE_SIZE};
+use gnttab_abi::{DomId, Errno, Gfn, GrantRef, MapFlags, Mfn, PAGE_SIZE};
 use gnttab_engine::{
     Access as Wanted, Answered, FrameOwner, HostError, HostMapping, HostUnmapping, Hypervisor, ResolveError,
     Resolved,
@@ -16,7 +16,7 @@ use super::memory::{Handout, Memory, NotMappable, mfn, parts};
 use super::news::News;
 use super::ports::Ports;
 use super::tables::{TablePage, Tables};
-use crate::protocol::{Notice, NoticeKind};
+use crate::protocol::{Notice, NoticeKind, PendingEnd, Report};
 use crate::sys::{Access, Channel, EventPort, MAX_DESCRIPTORS};
 
 /// The memory numbers that stand for table pages in a machine frame number: above all others.
@@ -33,6 +33,8 @@ pub(crate) struct Guest {
     foreign: Foreign,
     /// Pages that a call has mapped and that were not sent yet.
     outbox: Mutex<Vec<(Notice, Handout)>>,
+    /// What it says of its own grant table.
+    said: Mutex<Option<Said>>,
     /// Why it must not run on, once it must not.
     crashed: OnceLock<&'static str>,
     /// Rung when it is to be ended.
@@ -56,6 +58,7 @@ impl Guest {
             ports: Ports::default(),
             foreign: Foreign::new(foreign.0, foreign.1),
             outbox: Mutex::default(),
+            said: Mutex::default(),
             crashed: OnceLock::new(),
             doorbell,
         }
@@ -98,6 +101,30 @@ impl Guest {
         self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Keeps what it says of its own grant table, and tells of the ends of access that it waits for newly.
+    pub(crate) fn hear(&self, report: Report, news: &News) {
+        let now = Instant::now();
+        let mut said = self.said();
+        let before = said.take().map(|said| said.pending_since).unwrap_or_default();
+        let since = |end: &PendingEnd| {
+            let key = (end.gref, end.peer);
+            let known = before.get(&key).copied();
+            if known.is_none() {
+                news.pending(self.id, end.peer, end.gref);
+            }
+            (key, known.unwrap_or(now))
+        };
+        *said = Some(Said {
+            at: now,
+            pending_since: report.pending.iter().map(since).collect(),
+            report,
+        });
+    }
+
+    pub(crate) fn said(&self) -> MutexGuard<'_, Option<Said>> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Notes that it must not run on, and has that seen to.
     pub(crate) fn crash(&self, why: &'static str) {
         let _ = self.crashed.set(why);
@@ -116,6 +143,15 @@ impl Guest {
             machine.count_unmapped(mapped);
         }
     }
+}
+
+/// What a domain says of its own grant table. Nothing is decided by it.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) at: Instant,
+    pub(crate) report: Report,
+    /// Since when it says so of each end of access.
+    pub(crate) pending_since: BTreeMap<(GrantRef, DomId), Instant>,
 }
 
 /// The window of gfns where a domain maps others' pages: what lies where.

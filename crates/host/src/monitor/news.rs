@@ -414,6 +414,13 @@ impl News {
         });
     }
 
+    /// A domain says that its peer does not let it end access.
+    pub(crate) fn pending(&self, domain: DomId, peer: DomId, gref: GrantRef) {
+        if self.watched.load(Ordering::Relaxed) {
+            self.tell(Event::new(EventKind::Pending, domain, Some(peer), Some(gref)));
+        }
+    }
+
     /// A domain has ended.
     pub(crate) fn died(&self, domain: DomId, how: impl FnOnce() -> String) {
         if self.watched.load(Ordering::Relaxed) {

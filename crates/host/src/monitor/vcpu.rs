@@ -7,7 +7,7 @@ use gnttab_engine::{Call, Engine, Fault, GuestMemory, Outcome, Processor, Vcpu};
 
 use super::machine::{Guest, Machine};
 use crate::area::{Request, ServeError, Server};
-use crate::protocol::{self, ABI, Notice, NoticeKind};
+use crate::protocol::{self, ABI, Notice, NoticeKind, REPORT_SIZE, Report};
 use crate::sys::MAX_DESCRIPTORS;
 
 /// The argument buffer, as the raw door sees guest memory: addresses are offsets into it.
@@ -135,6 +135,15 @@ fn one(
             guest
                 .ports
                 .close(u32::try_from(first).map_err(|_| Errno::Inval)?)?;
+            Ok(0)
+        }
+        protocol::CALL_REPORT => {
+            let mut bytes = [0; REPORT_SIZE];
+            let len = usize::try_from(second).map_err(|_| Errno::TooBig)?;
+            let bytes = bytes.get_mut(..len).ok_or(Errno::TooBig)?;
+            area.read(first, bytes).map_err(|_| Errno::Fault)?;
+            let report = Report::decode(bytes).map_err(|_| Errno::Inval)?;
+            guest.hear(report, &processor.engine().hypervisor().news);
             Ok(0)
         }
         _ => Err(Errno::NoSys),

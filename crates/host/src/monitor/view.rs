@@ -1,11 +1,13 @@
 //! What people and tools see of the machine. Everything here serializes to JSON as it stands.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use gnttab_abi::{DomId, EntryType, GrantRef, MapFlags, V1_ENTRIES_PER_PAGE, V2_ENTRIES_PER_PAGE};
 use gnttab_engine::{DomainView, EntryCounts, EntryView, EntryWords, Hypervisor, Version};
 use serde::{Deserialize, Serialize};
 
+use super::machine::Said;
 use super::{Monitor, MonitorError, Running, Shared};
 use crate::confine::Isolation;
 
@@ -66,6 +68,52 @@ pub struct DomainInfo {
     pub statuses: BTreeMap<String, u64>,
     /// Its event channels.
     pub ports: Vec<PortInfo>,
+    /// What it says of its own grant table, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub says: Option<ReportInfo>,
+}
+
+/// What a domain says of its own grant table: its word, and nobody else's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportInfo {
+    /// How long ago it said so, in milliseconds.
+    pub age_ms: u64,
+    /// References that its driver has, and how many of them are free.
+    pub refs: (u32, u32),
+    /// References that its driver has given up for good.
+    pub leaked: u64,
+    /// Who has how many of them.
+    pub consumers: Vec<ConsumerInfo>,
+    /// Ends of access that peers do not let happen yet.
+    pub pending_total: u32,
+    /// The first of these.
+    pub pending: Vec<PendingInfo>,
+}
+
+/// A consumer of a domain's grant table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsumerInfo {
+    /// What it is called; empty: everybody who has no name.
+    pub name: String,
+    /// References that it has.
+    pub used: u32,
+    /// References that it may have; `None`: as many as there are.
+    pub quota: Option<u32>,
+    /// How often it was refused references for that.
+    pub refused: u64,
+}
+
+/// An end of access that the peer does not let happen yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingInfo {
+    /// The reference.
+    pub gref: u32,
+    /// Who still uses it.
+    pub peer: u16,
+    /// How often the end was attempted.
+    pub tries: u32,
+    /// How long the domain has been saying so, in milliseconds.
+    pub age_ms: u64,
 }
 
 /// How many entries of a table are what.
@@ -288,6 +336,7 @@ impl Shared {
                     .iter()
                     .map(|(status, count)| (status.name().unwrap_or("unknown"), *count)),
             ),
+            says: guest.said().as_ref().map(ReportInfo::from),
             pinned_by: numbers(view.pinned_by),
             maps: numbers(view.maps),
         })
@@ -381,6 +430,36 @@ fn some<'a>(counts: impl Iterator<Item = (&'a str, u64)>) -> BTreeMap<String, u6
 
 fn kind(entry: &EntryView) -> EntryType {
     entry.words.flags().kind()
+}
+
+impl From<&Said> for ReportInfo {
+    fn from(said: &Said) -> ReportInfo {
+        let millis = |at: Instant| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let report = &said.report;
+        let consumers = report.consumers.iter().map(|consumer| ConsumerInfo {
+            name: consumer.name.clone(),
+            used: consumer.used,
+            quota: (consumer.quota != u32::MAX).then_some(consumer.quota),
+            refused: consumer.refused,
+        });
+        let pending = report.pending.iter().map(|end| PendingInfo {
+            gref: end.gref.0,
+            peer: end.peer.0,
+            tries: end.tries,
+            age_ms: said
+                .pending_since
+                .get(&(end.gref, end.peer))
+                .map_or(0, |since| millis(*since)),
+        });
+        ReportInfo {
+            age_ms: millis(said.at),
+            refs: (report.refs, report.free),
+            leaked: report.leaked,
+            consumers: consumers.collect(),
+            pending_total: report.pending_total,
+            pending: pending.collect(),
+        }
+    }
 }
 
 impl From<(u32, DomId, Option<u32>)> for PortInfo {
