@@ -36,6 +36,8 @@ pub struct Fenced<'a> {
     /// Where bytes may change.
     open: Vec<Range<u64>>,
     log: Mutex<Log>,
+    /// Items and list elements of the call.
+    items: u64,
     /// More accesses than this are an endless loop (AUD-WRK).
     most: u64,
 }
@@ -59,6 +61,10 @@ impl<'a> Fenced<'a> {
         let mut items = u64::from(call.count);
         if let Some(op) = call.command.op() {
             let size = op.arg_size(abi) as u64;
+            if matches!(op, Op::SetVersion | Op::GetVersion) {
+                // They ignore the count (spec 3.1.5).
+                items = 1;
+            }
             for index in 0..items.min(1 << 16) {
                 let item = call.addr.wrapping_add(index * size);
                 for (_, offset, len) in outs(op, abi) {
@@ -71,7 +77,10 @@ impl<'a> Fenced<'a> {
                 items += u64::from(elements);
             }
         }
-        Fenced::allowing(memory, open, PER_ITEM * (items + 1))
+        Fenced {
+            items,
+            ..Fenced::allowing(memory, open, PER_ITEM * (items + 1))
+        }
     }
 
     /// A fence that is open at these addresses, for a call that may make so many accesses.
@@ -81,6 +90,7 @@ impl<'a> Fenced<'a> {
             memory,
             open,
             log: Mutex::default(),
+            items: 0,
             most,
         }
     }
@@ -89,6 +99,12 @@ impl<'a> Fenced<'a> {
     #[must_use]
     pub fn audit(&self) -> Vec<Violation> {
         self.log.lock().found.clone()
+    }
+
+    /// Items of the call, and elements of the list that it names: what its cost may grow with.
+    #[must_use]
+    pub fn items(&self) -> u64 {
+        self.items
     }
 
     /// Where the call wrote, in order.

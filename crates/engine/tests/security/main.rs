@@ -6,4 +6,9 @@
 #![expect(clippy::tests_outside_test_module, reason = "this crate is nothing but tests")]
 
 mod audits;
+mod bounds;
 mod catalogue;
+mod handles;
+mod pins;
+mod stage;
+mod versions;
