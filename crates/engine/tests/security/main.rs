@@ -8,7 +8,10 @@
 mod audits;
 mod bounds;
 mod catalogue;
+mod copies;
+mod devices;
 mod handles;
 mod pins;
 mod stage;
+mod transfers;
 mod versions;

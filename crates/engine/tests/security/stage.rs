@@ -57,6 +57,11 @@ impl Eye {
         let waiting = (Box::new(which) as Which, Box::new(action) as Action);
         lock(&self.waiting).push(waiting);
     }
+
+    /// Does nothing any more when it sees a request.
+    pub(crate) fn forget(&self) {
+        lock(&self.waiting).clear();
+    }
 }
 
 impl Watch for Eye {
@@ -469,7 +474,7 @@ impl Stage {
     /// As [`Stage::finish`], in that order.
     pub(crate) fn finish_in(self, order: [DomId; 4]) {
         self.machine.hooks().clear();
-        lock(&self.eye().waiting).clear();
+        self.eye().forget();
         self.faults().clear();
         self.machine.set_shortage(false);
         assert_eq!(self.audit(), [], "all audits");
