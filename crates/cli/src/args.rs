@@ -10,7 +10,7 @@ use crate::machine::Name;
 
 mod at_rest;
 
-pub(crate) use at_rest::{AtRest, Decode, DecodeAs, Explain, ExplainAs, RingAbi};
+pub(crate) use at_rest::{AtRest, Decode, DecodeAs, Explain, ExplainAs, Plan, RingAbi};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())
@@ -26,6 +26,7 @@ Examples:
   gnttab dump d1                         a domain's grant table, decoded
   gnttab bench --quick                   what grant operations cost on this machine
   gnttab decode frames.bin               a grant table from a dump or a core, and what is wrong with it
+  gnttab plan machine.toml               the grant frames and the maptrack that domains will need
   gnttab explain -3                      what a status, a flag word or an operation means
 
 ";

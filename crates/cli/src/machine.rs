@@ -277,42 +277,63 @@ impl From<MachineError> for Failure {
 
 /// What is wrong, and with which bytes of the file; `None` is all of it.
 #[derive(Debug, PartialEq, Eq)]
-struct Wrong {
+pub(crate) struct Wrong {
     span: Option<Range<usize>>,
     why: String,
 }
 
 impl Wrong {
-    fn at<T>(place: &Spanned<T>, why: impl Into<String>) -> Self {
+    pub(crate) fn at<T>(place: &Spanned<T>, why: impl Into<String>) -> Self {
         Wrong {
             span: Some(place.span()),
             why: why.into(),
         }
     }
+
+    pub(crate) fn whole(why: impl Into<String>) -> Self {
+        Wrong {
+            span: None,
+            why: why.into(),
+        }
+    }
+}
+
+impl From<toml::de::Error> for Wrong {
+    fn from(error: toml::de::Error) -> Self {
+        Wrong {
+            span: error.span(),
+            why: error.message().lines().collect::<Vec<_>>().join(", "),
+        }
+    }
+}
+
+/// Reads a file of ours with the parser for it.
+pub(crate) fn read<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, Wrong>) -> Result<T, MachineError> {
+    let text = std::fs::read_to_string(path).map_err(|source| MachineError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    parse(&text).map_err(|Wrong { span, why }| {
+        let path = path.to_owned();
+        match span {
+            Some(span) => {
+                let (line, text) = line_at(&text, span.start);
+                MachineError::Line {
+                    path,
+                    line,
+                    text,
+                    why,
+                }
+            }
+            None => MachineError::Whole { path, why },
+        }
+    })
 }
 
 impl Machine {
     /// Reads and checks a machine file.
     pub(crate) fn load(path: &Path) -> Result<Self, MachineError> {
-        let text = std::fs::read_to_string(path).map_err(|source| MachineError::Unreadable {
-            path: path.to_owned(),
-            source,
-        })?;
-        let mut machine = Self::parse(&text).map_err(|Wrong { span, why }| {
-            let path = path.to_owned();
-            match span {
-                Some(span) => {
-                    let (line, text) = line_at(&text, span.start);
-                    MachineError::Line {
-                        path,
-                        line,
-                        text,
-                        why,
-                    }
-                }
-                None => MachineError::Whole { path, why },
-            }
-        })?;
+        let mut machine = read(path, Self::parse)?;
         let folder = path.parent().unwrap_or(Path::new(""));
         for (path, _) in machine
             .domains
@@ -331,10 +352,7 @@ impl Machine {
     }
 
     fn parse(text: &str) -> Result<Self, Wrong> {
-        let machine: Machine = toml::from_str(text).map_err(|error| Wrong {
-            span: error.span(),
-            why: error.message().lines().collect::<Vec<_>>().join(", "),
-        })?;
+        let machine: Machine = toml::from_str(text)?;
         machine.check_domains()?;
         machine.check_disks()?;
         Ok(machine)
@@ -342,10 +360,7 @@ impl Machine {
 
     fn check_domains(&self) -> Result<(), Wrong> {
         if self.domains.is_empty() {
-            return Err(Wrong {
-                span: None,
-                why: "there is no [[domain]] in it".to_owned(),
-            });
+            return Err(Wrong::whole("there is no [[domain]] in it"));
         }
         for (index, domain) in self.domains.iter().enumerate() {
             if self.domains[..index]

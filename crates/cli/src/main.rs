@@ -24,6 +24,7 @@ mod machine;
 mod nbd;
 mod output;
 mod place;
+mod plan;
 mod queue_device;
 mod roles;
 mod run;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         Command::Bench(bench) => bench::main(&bench),
         Command::AtRest(AtRest::Decode(decode)) => decode::main(&decode),
         Command::AtRest(AtRest::Explain(explain)) => explain::main(&explain),
+        Command::AtRest(AtRest::Plan(plan)) => plan::main(&plan),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

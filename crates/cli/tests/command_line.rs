@@ -40,6 +40,7 @@ fn help_starts_with_examples() {
         &["dump", "--help"],
         &["decode", "--help"],
         &["explain", "--help"],
+        &["plan", "--help"],
     ] {
         let (status, out, _) = gnttab(args);
         assert_eq!(status, Some(0));

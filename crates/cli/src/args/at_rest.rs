@@ -1,4 +1,4 @@
-//! The commands that need no running machine: `decode` and `explain`.
+//! The commands that need no running machine.
 
 use std::path::PathBuf;
 
@@ -11,6 +11,7 @@ use super::{parse_number, parse_reference};
 pub(crate) enum AtRest {
     Decode(Box<Decode>),
     Explain(Explain),
+    Plan(Plan),
 }
 
 impl AtRest {
@@ -19,6 +20,7 @@ impl AtRest {
         match self {
             AtRest::Decode(_) => "decode",
             AtRest::Explain(_) => "explain",
+            AtRest::Plan(_) => "plan",
         }
     }
 
@@ -27,6 +29,7 @@ impl AtRest {
         match self {
             AtRest::Decode(decode) => decode.json,
             AtRest::Explain(explain) => explain.json,
+            AtRest::Plan(plan) => plan.json,
         }
     }
 }
@@ -155,6 +158,29 @@ pub(crate) enum ExplainAs {
     Copy,
     /// What a cache flush is to do (`GNTTAB_CACHE_*`).
     Cache,
+}
+
+/// Say how many grant frames and how much maptrack domains will need, and the limits to set.
+///
+/// From a description of domains and their disks and network interfaces, which a machine file of `gnttab run` is already.
+/// The arithmetic is shown. Exit code 1 if a limit that the description has is too low.
+#[derive(Debug, Args)]
+#[command(before_help = "\
+Examples:
+  gnttab plan --example > plan.toml                 a description to start from
+  gnttab plan plan.toml
+  gnttab plan machine.toml                          what a machine of `gnttab run` will use at most
+  gnttab plan plan.toml --json | jq '.domains[].grant_frames_to_set'")]
+pub(crate) struct Plan {
+    /// The description.
+    #[arg(required_unless_present = "example")]
+    pub(crate) description: Option<PathBuf>,
+    /// Print a description to start from.
+    #[arg(long, exclusive = true)]
+    pub(crate) example: bool,
+    /// Print it as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 fn parse_domain(text: &str) -> Result<u16, String> {
