@@ -10,7 +10,7 @@ use crate::machine::Name;
 
 mod at_rest;
 
-pub(crate) use at_rest::{AtRest, Decode, DecodeAs, Explain, ExplainAs, Plan, RingAbi};
+pub(crate) use at_rest::{AtRest, Completions, Decode, DecodeAs, Explain, ExplainAs, Man, Plan, RingAbi};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())

@@ -21,6 +21,7 @@ mod image;
 mod image_disk;
 mod live;
 mod machine;
+mod manual;
 mod nbd;
 mod output;
 mod place;
@@ -58,6 +59,8 @@ fn main() -> ExitCode {
         Command::AtRest(AtRest::Decode(decode)) => decode::main(&decode),
         Command::AtRest(AtRest::Explain(explain)) => explain::main(&explain),
         Command::AtRest(AtRest::Plan(plan)) => plan::main(&plan),
+        Command::AtRest(AtRest::Completions(completions)) => manual::completions(&completions),
+        Command::AtRest(AtRest::Man(man)) => manual::main(&man),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -41,6 +41,8 @@ fn help_starts_with_examples() {
         &["decode", "--help"],
         &["explain", "--help"],
         &["plan", "--help"],
+        &["completions", "--help"],
+        &["man", "--help"],
     ] {
         let (status, out, _) = gnttab(args);
         assert_eq!(status, Some(0));

@@ -12,6 +12,8 @@ pub(crate) enum AtRest {
     Decode(Box<Decode>),
     Explain(Explain),
     Plan(Plan),
+    Completions(Completions),
+    Man(Man),
 }
 
 impl AtRest {
@@ -21,6 +23,8 @@ impl AtRest {
             AtRest::Decode(_) => "decode",
             AtRest::Explain(_) => "explain",
             AtRest::Plan(_) => "plan",
+            AtRest::Completions(_) => "completions",
+            AtRest::Man(_) => "man",
         }
     }
 
@@ -30,6 +34,7 @@ impl AtRest {
             AtRest::Decode(decode) => decode.json,
             AtRest::Explain(explain) => explain.json,
             AtRest::Plan(plan) => plan.json,
+            AtRest::Completions(_) | AtRest::Man(_) => false,
         }
     }
 }
@@ -181,6 +186,32 @@ pub(crate) struct Plan {
     /// Print it as JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Print the completions of this command for a shell.
+#[derive(Debug, Args)]
+#[command(before_help = "\
+Examples:
+  gnttab completions bash > ~/.local/share/bash-completion/completions/gnttab
+  gnttab completions zsh > ~/.zfunc/_gnttab
+  gnttab completions fish > ~/.config/fish/completions/gnttab.fish")]
+pub(crate) struct Completions {
+    /// The shell.
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// Print the manual page of this command or of a part of it, or write all of them.
+#[derive(Debug, Args)]
+#[command(before_help = "\
+Examples:
+  gnttab man decode | man -l -
+  gnttab man --to /usr/local/share/man/man1")]
+pub(crate) struct Man {
+    /// The part, as in gnttab PART.
+    pub(crate) part: Option<String>,
+    /// Write all pages into this folder.
+    #[arg(long, value_name = "FOLDER", conflicts_with = "part")]
+    pub(crate) to: Option<PathBuf>,
 }
 
 fn parse_domain(text: &str) -> Result<u16, String> {
