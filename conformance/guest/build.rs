@@ -3,7 +3,8 @@
 fn main() {
     let folder = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_default();
     println!("cargo::rerun-if-changed=kernel.ld");
-    for argument in ["-nostartfiles", "-nostdlib", "-static", "-no-pie"] {
+    // The layout is a linker script, which not every linker reads that a machine may have set as its own.
+    for argument in ["-fuse-ld=bfd", "-nostartfiles", "-nostdlib", "-static", "-no-pie"] {
         println!("cargo::rustc-link-arg-bins={argument}");
     }
     for argument in [

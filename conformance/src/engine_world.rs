@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use gnttab_abi::{Abi, Command, DomId, Gfn, Mfn};
 use gnttab_conformance::play::{World, pattern, play};
+use gnttab_conformance::puppet::{ARGUMENTS_ADDR, LIST_ADDR, SLOTS_ADDR};
 use gnttab_conformance::script::{
-    AREA_PAGES, AREAS, OTHER, OTHER_PAGES, OTHER_TABLE, PAGES, SLOTS, SLOTS_TABLE, STATUS, TABLE,
+    AREA_PAGES, AREAS, OTHER, OTHER_ARGUMENTS, OTHER_LIST, OTHER_PAGES, OTHER_SLOTS_TABLE, OTHER_STATUS,
+    OTHER_TABLE, PAGES, SLOTS, SLOTS_TABLE, SPARE, SPARES, STATUS, TABLE,
 };
-use gnttab_engine::machine::{Guest, L2Slot, Machine, Page, Pte};
+use gnttab_engine::machine::{Guest, L2Slot, Machine, Page, PageOwner, Pte};
 use gnttab_engine::{
     Access, Call, Config, Domain, DomainKind, Engine, GuestMemory, Limits, Outcome, PageWords, Reference,
     Vcpu, Version,
@@ -26,6 +28,8 @@ pub(crate) struct Settings {
     pub(crate) max_maptrack_frames: u32,
     /// One program in so many kills the other domain.
     pub(crate) kills: u32,
+    /// Whose behaviour the engine has.
+    pub(crate) reference: Reference,
 }
 
 /// See the module.
@@ -35,15 +39,21 @@ pub(crate) struct EngineWorld {
     domain: Arc<Domain<Machine>>,
     other: Arc<Domain<Machine>>,
     other_pages: Vec<Page>,
-    vcpu: Vcpu<Machine>,
+    vcpus: [Vcpu<Machine>; 2],
     pages: Vec<Page>,
+    spares: Vec<Mfn>,
+    /// Number of the next spare page.
+    next_spare: u64,
     page_words: Vec<Arc<PageWords>>,
     area_words: Vec<Vec<Arc<PageWords>>>,
-    slots_table: Mfn,
-    slots_words: Arc<PageWords>,
-    shows_status: bool,
+    slots_tables: [Mfn; 2],
+    slots_words: [Arc<PageWords>; 2],
+    shows_status: [bool; 2],
     /// Frames of both tables, as they were when last looked at.
     frames: [u32; 2],
+    /// Of these the kernel sees so many: not what a dead domain's table has grown by.
+    sees: [u32; 2],
+    killed: bool,
     verbose: bool,
     /// The answer's words.
     pub(crate) answer: Vec<u64>,
@@ -64,13 +74,13 @@ pub(crate) struct Seen {
 
 impl EngineWorld {
     pub(crate) fn new(settings: Settings) -> EngineWorld {
-        let machine = Machine::with_reference(Reference::V4_17);
+        let machine = Machine::with_reference(settings.reference);
         let config = Config {
             max_grant_frames: settings.max_frames,
             max_maptrack_frames: settings.max_maptrack_frames,
             dump: false,
             processors: 1,
-            reference: Reference::V4_17,
+            reference: settings.reference,
             ..Config::default()
         };
         let engine = Engine::new(machine.clone(), config);
@@ -79,7 +89,7 @@ impl EngineWorld {
             .expect("the machine is empty");
         guest.set_control(true);
         let mut areas = Vec::new();
-        for area in 0..AREAS as u64 {
+        for area in 0..u64::from(OTHER_ARGUMENTS) {
             let base = AREA_ADDR + area * AREA_STRIDE;
             let mut pages = guest
                 .add_memory(base, usize::try_from(AREA_PAGES).expect("16"))
@@ -108,6 +118,11 @@ impl EngineWorld {
         let number = DomId(OTHER);
         let guest = machine.add_domain(number, DomainKind::Pv).expect("a new number");
         let other_pages = named_pages(&guest, PAGES);
+        for addr in [ARGUMENTS_ADDR, LIST_ADDR] {
+            let pages = guest.add_memory(addr, usize::try_from(AREA_PAGES).expect("16"));
+            areas.push(pages.expect("memory"));
+        }
+        let other_slots = guest.add_table(SLOTS_ADDR).expect("memory");
         let other = engine
             .create_domain(number, DomainKind::Pv, limits, guest)
             .expect("a new domain");
@@ -118,7 +133,7 @@ impl EngineWorld {
                 "seen by the caller"
             );
         }
-        let vcpu = Vcpu::take(&domain, 0).expect("nobody else has it");
+        let vcpus = [&domain, &other].map(|domain| Vcpu::take(domain, 0).expect("nobody else has it"));
         let words = |page: &Page| machine.page(page.mfn).expect("memory");
         let mut world = EngineWorld {
             page_words: pages.iter().chain(&other_pages).map(words).collect(),
@@ -126,17 +141,21 @@ impl EngineWorld {
                 .iter()
                 .map(|area| area.iter().map(words).collect())
                 .collect(),
-            slots_words: machine.page(slots_table).expect("memory"),
+            slots_words: [slots_table, other_slots].map(|table| machine.page(table).expect("memory")),
             engine,
             machine,
             domain,
             other,
             other_pages,
-            vcpu,
+            vcpus,
             pages,
-            slots_table,
-            shows_status: false,
+            spares: vec![Mfn(0); index(SPARES)],
+            next_spare: FRAMES + 2 * PAGES,
+            slots_tables: [slots_table, other_slots],
+            shows_status: [false; 2],
             frames: [0; 2],
+            sees: [0; 2],
+            killed: false,
             verbose: false,
             answer: Vec::new(),
             seen: Vec::new(),
@@ -145,6 +164,7 @@ impl EngineWorld {
         for page in (0..PAGES).chain(OTHER_PAGES..OTHER_PAGES + PAGES) {
             world.reset_page(page);
         }
+        world.reset_spares();
         world.refresh();
         world
     }
@@ -173,6 +193,11 @@ impl EngineWorld {
 
     fn guest(&self) -> &Guest {
         self.domain.private()
+    }
+
+    /// Whose a slot is.
+    fn guest_of(&self, slot: u64) -> &Guest {
+        self.table_of(slot >= SLOTS).private()
     }
 
     fn backing(&self, area: u8, offset: u64) -> Option<(&PageWords, usize)> {
@@ -224,19 +249,20 @@ fn index(n: u64) -> usize {
 }
 
 impl World for EngineWorld {
-    fn call(&mut self, command: u64, addr: u64, count: u64) -> i64 {
+    fn call(&mut self, other: bool, command: u64, addr: u64, count: u64) -> i64 {
+        if other && self.killed {
+            return 0;
+        }
         let low = |n: u64| u32::try_from(n & 0xFFFF_FFFF).unwrap_or(0);
         let mut call = Call {
             command: Command(low(command)),
             addr,
             count: low(count),
         };
+        let (vcpu, domain) = (&self.vcpus[usize::from(other)], self.table_of(other));
         let mut processor = self.engine.any_processor().expect("nobody else is in it");
         loop {
-            let outcome =
-                processor.hypercall(&self.vcpu, Abi::X86_64, call, self.domain.private(), &mut || {
-                    false
-                });
+            let outcome = processor.hypercall(vcpu, Abi::X86_64, call, domain.private(), &mut || false);
             match outcome {
                 Outcome::Done(Ok(())) => return 0,
                 Outcome::Done(Err(errno)) => return errno.hypercall_result(),
@@ -246,7 +272,11 @@ impl World for EngineWorld {
     }
 
     fn area(&self, area: u8) -> u64 {
-        AREA_ADDR + u64::from(area) * AREA_STRIDE
+        match area {
+            OTHER_ARGUMENTS => ARGUMENTS_ADDR,
+            OTHER_LIST => LIST_ADDR,
+            _ => AREA_ADDR + u64::from(area) * AREA_STRIDE,
+        }
     }
 
     fn poke(&mut self, area: u8, offset: u64, bytes: &[u8]) {
@@ -271,25 +301,29 @@ impl World for EngineWorld {
 
     fn frame(&self, name: u64) -> Option<u64> {
         let low = |from: u64| u32::try_from(name - from).ok();
+        let status = |other: bool, from: u64| {
+            let shown = self.shows_status[usize::from(other)];
+            let page = self.table_of(other).status_frame(low(from)?)?;
+            shown.then_some(page.mfn().0)
+        };
+        let shared = |other: bool, from: u64| Some(self.table_of(other).shared_frame(low(from)?)?.mfn().0);
         match name {
             ..PAGES => Some(self.pages[index(name)].mfn.0),
-            SLOTS_TABLE => Some(self.slots_table.0),
-            TABLE..STATUS => Some(self.domain.shared_frame(low(TABLE)?)?.mfn().0),
-            OTHER_PAGES..TABLE => Some(self.other_pages.get(index(name - OTHER_PAGES))?.mfn.0),
-            OTHER_TABLE.. => Some(self.other.shared_frame(low(OTHER_TABLE)?)?.mfn().0),
-            STATUS.. => {
-                if !self.shows_status {
-                    return None;
-                }
-                Some(self.domain.status_frame(low(STATUS)?)?.mfn().0)
-            }
+            SLOTS_TABLE => Some(self.slots_tables[0].0),
+            OTHER_SLOTS_TABLE => Some(self.slots_tables[1].0),
+            OTHER_PAGES..SPARE => Some(self.other_pages.get(index(name - OTHER_PAGES))?.mfn.0),
+            SPARE..TABLE => Some(self.spares.get(index(name - SPARE))?.0),
+            TABLE..STATUS => shared(false, TABLE),
+            STATUS..OTHER_TABLE => status(false, STATUS),
+            OTHER_TABLE..OTHER_STATUS => shared(true, OTHER_TABLE),
+            OTHER_STATUS.. => status(true, OTHER_STATUS),
             _ => None,
         }
     }
 
     fn name(&self, frame: u64) -> Option<u64> {
-        if frame == self.slots_table.0 {
-            return Some(SLOTS_TABLE);
+        if let Some(who) = self.slots_tables.iter().position(|table| table.0 == frame) {
+            return Some(SLOTS_TABLE + who as u64);
         }
         if let Some(page) = self.pages.iter().position(|page| page.mfn.0 == frame) {
             return Some(page as u64);
@@ -297,45 +331,49 @@ impl World for EngineWorld {
         if let Some(page) = self.other_pages.iter().position(|page| page.mfn.0 == frame) {
             return Some(OTHER_PAGES + page as u64);
         }
+        if let Some(page) = self.spares.iter().position(|spare| spare.0 == frame) {
+            return Some(SPARE + page as u64);
+        }
         let info = self.machine.frame(Mfn(frame))?;
         if !info.special {
             return None;
         }
-        let frames = (TABLE..).take_while(|name| self.frame(*name).is_some());
-        let status = (STATUS..).take_while(|name| self.frame(*name).is_some());
-        let others = (OTHER_TABLE..).take_while(|name| self.frame(*name).is_some());
-        frames
-            .chain(status)
-            .chain(others)
+        [TABLE, STATUS, OTHER_TABLE, OTHER_STATUS]
+            .into_iter()
+            .flat_map(|first| (first..).take_while(|name| self.frame(*name).is_some()))
             .find(|name| self.frame(*name) == Some(frame))
     }
 
     fn slot(&self, slot: u64) -> u64 {
-        SLOT_ADDR + slot * 4096
+        match slot.checked_sub(SLOTS) {
+            Some(others) => SLOTS_ADDR + others * 4096,
+            None => SLOT_ADDR + slot * 4096,
+        }
     }
 
     fn pte_addr(&self, slot: u64) -> u64 {
-        self.guest().pte_address(self.slot(slot)).unwrap_or(0)
+        let guest = self.guest_of(slot);
+        guest.pte_address(self.slot(slot)).unwrap_or(0)
     }
 
     fn pte(&self, slot: u64) -> u64 {
-        let bytes = self
-            .slots_words
-            .read_bytes::<8>(index(slot * 8))
-            .unwrap_or_default();
-        u64::from_le_bytes(bytes)
+        let who = usize::from(slot >= SLOTS);
+        let bytes = self.slots_words[who].read_bytes::<8>(index(slot % SLOTS * 8));
+        u64::from_le_bytes(bytes.unwrap_or_default())
     }
 
     fn set_pte(&mut self, slot: u64, page: Option<(u64, bool)>) -> bool {
         let addr = self.slot(slot);
+        let guest = self.guest_of(slot);
         let Some((name, writable)) = page else {
-            return self.guest().write_pte(addr, Pte::default());
+            return guest.write_pte(addr, Pte::default());
         };
         let Some(frame) = self.frame(name) else {
             return false;
         };
         let access = if writable { Access::Write } else { Access::Read };
-        self.guest().map(addr, Gfn(frame), access)
+        // The caller is a control domain: it writes the other's page tables too, with any page.
+        guest.map(addr, Gfn(frame), access)
     }
 
     fn load(&self, slot: u64, offset: u16) -> u8 {
@@ -367,7 +405,7 @@ impl World for EngineWorld {
     }
 
     fn table_bytes(&self, other: bool) -> u64 {
-        u64::from(self.frames[usize::from(other)]) * 4096
+        u64::from(self.sees[usize::from(other)]) * 4096
     }
 
     fn table_load(&self, other: bool, offset: u64, into: &mut [u8]) {
@@ -387,55 +425,81 @@ impl World for EngineWorld {
         }
     }
 
-    fn status_load(&self, index: u64) -> Option<u16> {
-        let frame = u32::try_from(index / 2048).ok()?;
-        self.frame(STATUS + u64::from(frame))?;
-        let page = self.domain.status_frame(frame)?;
-        let bytes = page
-            .as_ref()
-            .read_bytes::<2>(usize::try_from(index % 2048 * 2).ok()?)?;
-        Some(u16::from_le_bytes(bytes))
+    fn status_load(&self, other: bool, index: u64) -> Option<u16> {
+        let (page, at) = self.status_word(other, index)?;
+        page.read_bytes::<2>(at).map(u16::from_le_bytes)
     }
 
-    fn status_store(&mut self, index: u64, value: u16) {
-        if let Ok(frame) = u32::try_from(index / 2048)
-            && let Ok(at) = usize::try_from(index % 2048 * 2)
-            && self.frame(STATUS + u64::from(frame)).is_some()
-            && let Some(page) = self.domain.status_frame(frame)
-        {
-            let _ = page.as_ref().write(at, &value.to_le_bytes());
+    fn status_store(&mut self, other: bool, index: u64, value: u16) {
+        if let Some((page, at)) = self.status_word(other, index) {
+            let _ = page.write(at, &value.to_le_bytes());
         }
     }
 
-    fn version(&self) -> u32 {
-        self.domain.version().number()
+    fn version(&self, other: bool) -> u32 {
+        self.table_of(other).version().number()
+    }
+
+    fn owner(&mut self, spare: u64) -> Option<bool> {
+        match self.machine.frame(self.spares[index(spare)])?.owner {
+            PageOwner::Domain(id) => Some(id != CALLER),
+            _ => None,
+        }
+    }
+
+    fn physical(&self, spare: u64) -> u64 {
+        let frame = self.machine.frame(self.spares[index(spare)]);
+        frame.map_or(0, |frame| frame.physical.0)
+    }
+
+    fn reset_spares(&mut self) {
+        for spare in 0..SPARES {
+            let (owner, wanted) = (self.owner(spare), spare >= SPARES / 2);
+            if owner == Some(wanted) {
+                continue;
+            }
+            if let Some(owner) = owner {
+                let gone = self.spares[index(spare)];
+                self.table_of(owner).private().give_up(gone);
+            }
+            let new = Mfn(self.next_spare);
+            self.next_spare += 1;
+            let page = self.table_of(wanted).private().add_page_at(new);
+            self.spares[index(spare)] = page.expect("nobody has it").mfn;
+        }
     }
 
     fn refresh(&mut self) {
         for other in [false, true] {
-            let mut frames = self.frames[usize::from(other)];
+            let who = usize::from(other);
+            let mut frames = self.frames[who];
             while self.table_of(other).shared_frame(frames).is_some() {
                 frames += 1;
             }
-            self.frames[usize::from(other)] = frames;
-        }
-        let shows = self.version() == 2;
-        if shows != self.shows_status {
-            self.release_status();
-        }
-        if shows {
-            // The kernel maps what it sees: each status page is in its page tables.
-            self.hold_status();
+            self.frames[who] = frames;
+            if other && self.killed {
+                continue;
+            }
+            self.sees[who] = frames;
+            let shows = self.version(other) == 2;
+            if shows != self.shows_status[who] {
+                self.release_status(other);
+            }
+            if shows {
+                // The kernel maps what it sees: each status page is in its page tables.
+                self.hold_status(other);
+            }
         }
     }
 
     fn kill(&mut self) -> i64 {
+        self.killed = true;
         let guest = self.other.private();
         self.engine.begin_teardown(&self.other);
         guest.set_dying();
-        if let Some(vcpu) = Vcpu::take(&self.other, 0) {
+        {
             let mut processor = self.engine.any_processor().expect("nobody else is in it");
-            processor.release_mappings(&[vcpu], u32::MAX);
+            processor.release_mappings(std::slice::from_ref(&self.vcpus[1]), u32::MAX);
         }
         guest.drop_address_space();
         guest.give_up_memory();
@@ -443,11 +507,11 @@ impl World for EngineWorld {
         0
     }
 
-    fn release_status(&mut self) {
+    fn release_status(&mut self, other: bool) {
         for frame in 0..STATUS_PAGES {
-            self.guest().unmap(STATUS_ADDR + frame * 4096);
+            self.guest().unmap(status_addr(other, frame));
         }
-        self.shows_status = false;
+        self.shows_status[usize::from(other)] = false;
     }
 
     fn emit(&mut self, word: u64) {
@@ -477,22 +541,36 @@ impl World for EngineWorld {
 const FRAMES: u64 = 0xE000;
 /// Where the kernel sees the other domain's pages.
 const OTHER_HOME_ADDR: u64 = 0x6000_0000;
-/// Where the kernel has its status pages.
+/// Where the kernel has status pages.
 const STATUS_ADDR: u64 = HOME_ADDR + 0x10_0000;
 const STATUS_PAGES: u64 = 8;
-const _: () = assert!(SLOTS <= 512);
+const _: () = assert!(SLOTS <= 512 && AREAS == 5);
+
+fn status_addr(other: bool, frame: u64) -> u64 {
+    STATUS_ADDR + (u64::from(other) * STATUS_PAGES + frame) * 4096
+}
 
 impl EngineWorld {
-    fn hold_status(&mut self) {
-        self.shows_status = true;
+    fn hold_status(&mut self, other: bool) {
+        self.shows_status[usize::from(other)] = true;
+        let first = if other { OTHER_STATUS } else { STATUS };
         for frame in 0..STATUS_PAGES {
-            let Some(page) = self.frame(STATUS + frame) else {
+            let Some(page) = self.frame(first + frame) else {
                 break;
             };
             let mapped = self
                 .guest()
-                .map(STATUS_ADDR + frame * 4096, Gfn(page), Access::Write);
-            assert!(mapped, "a status page of its own");
+                .map(status_addr(other, frame), Gfn(page), Access::Write);
+            assert!(mapped, "a status page");
         }
+    }
+
+    fn status_word(&self, other: bool, word: u64) -> Option<(&PageWords, usize)> {
+        let frame = u32::try_from(word / 2048).ok()?;
+        if !self.shows_status[usize::from(other)] {
+            return None;
+        }
+        let page = self.table_of(other).status_frame(frame)?;
+        Some((page.as_ref(), usize::try_from(word % 2048 * 2).ok()?))
     }
 }

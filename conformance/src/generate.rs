@@ -333,6 +333,7 @@ impl Generator<'_> {
         let upper = if self.one_in(100) { 0xABCD << 32 } else { 0 };
         self.steps.push(Step {
             head: Head::Call(CallHead {
+                other: false,
                 command: op as u64 | upper,
                 op,
                 place,
@@ -734,6 +735,7 @@ impl Generator<'_> {
         let item = vec![lit(SELF), STATUS_BEFORE];
         self.steps.push(Step {
             head: Head::Call(CallHead {
+                other: false,
                 command,
                 op: Op::DumpTable,
                 place,
@@ -754,7 +756,11 @@ impl Generator<'_> {
             let index = self.granted_ref();
             // Marks that lie are put there, but none taken away: the player looks at them.
             let value = self.pick(&[0x18, 0x8018, 0xFFFF]);
-            self.push(Head::StatusWord { index, value });
+            self.push(Head::StatusWord {
+                other: false,
+                index,
+                value,
+            });
         }
     }
 }

@@ -14,4 +14,5 @@ extern crate alloc;
 
 pub mod mailbox;
 pub mod play;
+pub mod puppet;
 pub mod script;

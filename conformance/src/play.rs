@@ -3,14 +3,15 @@
 //! What must always hold:
 //! 1. Nothing that a world numbers as it likes reaches a digest: frames go in by name, handles not
 //!    at all (a stale handle whose number has been given out again is taken for one that nobody has).
-//! 2. A script starts from a clean world and is cleaned up after: no mapping, no entry, version 1,
-//!    pages as at the start. What cannot be undone (the size of a table) is part of the digest.
+//! 2. A script starts from a clean world and is cleaned up after: no mapping, no entry, version 1 on
+//!    both sides, pages as at the start and where they were. What cannot be undone (the size of a table) is part of the digest.
 
 use gnttab_abi::Op;
 
 use crate::script::{
-    CallHead, Field, Head, LIST, MOST_FIELDS, NO_HANDLE, OTHER_PAGES, OTHER_TABLE, PAGES, Place, Reader,
-    SLOTS, SLOTS_TABLE, STATUS, TABLE, Value, fields, is_backed,
+    CallHead, Field, Head, LIST, MOST_FIELDS, NO_HANDLE, OTHER, OTHER_ARGUMENTS, OTHER_LIST, OTHER_PAGES,
+    OTHER_SLOTS_TABLE, OTHER_STATUS, OTHER_TABLE, PAGES, Place, Reader, SLOTS, SPARE, SPARES, STATUS, TABLE,
+    Value, fields, is_backed,
 };
 
 /// Present, writable, user, write-through, cache-disable, attribute index, the guest's own bits
@@ -38,8 +39,8 @@ pub const WATCHED: [u32; 32] = [
 
 /// What a script is played on: a domain's kernel, and what its hypervisor lets it see.
 pub trait World {
-    /// Makes a grant-table hypercall.
-    fn call(&mut self, command: u64, addr: u64, count: u64) -> i64;
+    /// Makes a grant-table hypercall, as the caller or as the other domain.
+    fn call(&mut self, other: bool, command: u64, addr: u64, count: u64) -> i64;
     /// Address of an area.
     fn area(&self, area: u8) -> u64;
     /// Stores behind the mappings of an area. What is not backed is left out.
@@ -74,18 +75,24 @@ pub trait World {
     fn table_load(&self, other: bool, offset: u64, into: &mut [u8]);
     /// Stores into a table, in one access of 1, 2, 4 or 8 bytes.
     fn table_store(&mut self, other: bool, offset: u64, size: u8, value: u64);
-    /// A status word of the caller's.
-    fn status_load(&self, index: u64) -> Option<u16>;
-    /// Stores a status word of the caller's.
-    fn status_store(&mut self, index: u64, value: u16);
-    /// The version of the caller's table.
-    fn version(&self) -> u32;
+    /// A status word.
+    fn status_load(&self, other: bool, index: u64) -> Option<u16>;
+    /// Stores a status word.
+    fn status_store(&mut self, other: bool, index: u64, value: u16);
+    /// The version of a table.
+    fn version(&self, other: bool) -> u32;
+    /// Whose a spare page is: the caller's, the other domain's or nobody's.
+    fn owner(&mut self, spare: u64) -> Option<bool>;
+    /// What its owner calls a spare page, by the machine's table.
+    fn physical(&self, spare: u64) -> u64;
+    /// Gives both domains new spare pages, and takes the old ones.
+    fn reset_spares(&mut self);
     /// Looks again at what the hypervisor has for the tables: they may have grown or changed version.
     fn refresh(&mut self);
     /// Kills the other domain and takes its memory, as far as nobody uses it.
     fn kill(&mut self) -> i64;
-    /// Stops seeing the status pages.
-    fn release_status(&mut self);
+    /// Stops seeing a table's status pages.
+    fn release_status(&mut self, other: bool);
     /// A word of the script's answer.
     fn emit(&mut self, word: u64);
     /// A step begins.
@@ -100,11 +107,14 @@ pub trait World {
 pub fn play<W: World>(world: &mut W, script: &[u8]) -> bool {
     let mut play = Play {
         world,
-        handles: [0; MOST_HANDLES],
-        known: 0,
-        lost: false,
+        handles: [[0; MOST_HANDLES]; 2],
+        known: [0; 2],
+        lost: [false; 2],
+        acting: false,
         pages_changed: false,
         hold_status: false,
+        received: 0,
+        transferred: false,
         killed: false,
         digest: 0,
     };
@@ -123,11 +133,17 @@ pub fn play<W: World>(world: &mut W, script: &[u8]) -> bool {
 
 struct Play<'w, W> {
     world: &'w mut W,
-    /// Handles of the script's maps, in order.
-    handles: [u32; MOST_HANDLES],
-    known: usize,
+    /// Handles of the script's maps, in order: the caller's, the other domain's.
+    handles: [[u32; MOST_HANDLES]; 2],
+    known: [usize; 2],
     /// A mapping may have been made whose handle was not told.
-    lost: bool,
+    lost: [bool; 2],
+    /// The other domain makes the call that is under way.
+    acting: bool,
+    /// Spare pages that were transferred with success, as bits: their owner gave them a number.
+    received: u64,
+    /// A transfer was tried.
+    transferred: bool,
     pages_changed: bool,
     hold_status: bool,
     killed: bool,
@@ -168,7 +184,8 @@ impl<W: World> Play<'_, W> {
     }
 
     fn handle(&self, k: u64) -> u32 {
-        let known = &self.handles[..self.known.min(MOST_HANDLES)];
+        let who = usize::from(self.acting);
+        let known = &self.handles[who][..self.known[who].min(MOST_HANDLES)];
         let Some(index) = usize::try_from(k).ok().and_then(|k| k.checked_rem(known.len())) else {
             return NO_HANDLE;
         };
@@ -180,25 +197,26 @@ impl<W: World> Play<'_, W> {
         }
     }
 
-    /// Whether a copy uses a transitive entry of the caller's that somebody has in use: if that use
-    /// is of another kind, a real Xen starts the item over for ever (spec 5.6).
+    /// Whether a copy uses a transitive entry that somebody has in use: if that use is of another
+    /// kind, a real Xen starts the item over for ever (spec 5.6).
     fn is_endless(&self, values: &[Value; MOST_FIELDS]) -> bool {
         let [source, source_dom, _, dest, dest_dom, _, _, flags, _] =
             values.map(|value| self.value(value, 0));
         let endless = |by_grant: bool, dom: u64, gref: u64| {
-            let own = dom == 0 || dom == 0x7FF0;
+            let other = match dom {
+                0 => false,
+                0x7FF0 => self.acting,
+                _ => dom == u64::from(OTHER),
+            };
             let mut flags = [0; 2];
-            if !by_grant
-                || !own
-                || self.world.version() != 2
-                || (gref + 1) * 16 > self.world.table_bytes(false)
+            if !by_grant || self.world.version(other) != 2 || (gref + 1) * 16 > self.world.table_bytes(other)
             {
                 return false;
             }
-            self.world.table_load(false, gref * 16, &mut flags);
+            self.world.table_load(other, gref * 16, &mut flags);
             let used = self
                 .world
-                .status_load(gref)
+                .status_load(other, gref)
                 .is_none_or(|status| status & 0x18 != 0);
             flags[0] & 3 == 3 && used
         };
@@ -209,9 +227,10 @@ impl<W: World> Play<'_, W> {
     /// Before a map that may not tell its handle: a number that has been given back could come
     /// again unseen, so that it stands for nobody from here on.
     fn forget_dead_handles(&mut self) {
-        for index in 0..self.known {
-            if !self.is_live(self.handles[index]) {
-                self.handles[index] = NO_HANDLE;
+        let who = usize::from(self.acting);
+        for index in 0..self.known[who] {
+            if !self.is_live(self.handles[who][index]) {
+                self.handles[who][index] = NO_HANDLE;
             }
         }
     }
@@ -223,8 +242,8 @@ impl<W: World> Play<'_, W> {
             Value::PageAddr(name, offset) => {
                 (self.world.frame(name).unwrap_or(0xFFFF_FFF1) << 12) + u64::from(offset)
             }
-            Value::Slot(slot, offset) => self.world.slot(slot % SLOTS) + u64::from(offset),
-            Value::Pte(slot, offset) => self.world.pte_addr(slot % SLOTS) + u64::from(offset),
+            Value::Slot(slot, offset) => self.world.slot(slot % (2 * SLOTS)) + u64::from(offset),
+            Value::Pte(slot, offset) => self.world.pte_addr(slot % (2 * SLOTS)) + u64::from(offset),
             Value::Handle(k) => u64::from(self.handle(k)),
             Value::HandleSeq(base) => u64::from(self.handle(base + item)),
             Value::Area(area, offset) => self.world.area(area) + u64::from(offset),
@@ -242,15 +261,17 @@ impl<W: World> Play<'_, W> {
                 value,
             } => {
                 let (offset, value) = (u64::from(offset), self.value(value, 0));
-                let is = if other { 1 } else { self.world.version() };
+                let is = self.world.version(other);
                 if is == u32::from(version) && offset + u64::from(size) <= self.world.table_bytes(other) {
                     self.world.table_store(other, offset, size, value);
                 }
             }
-            Head::StatusWord { index, value } => self.world.status_store(u64::from(index), value),
+            Head::StatusWord { other, index, value } => {
+                self.world.status_store(other, u64::from(index), value);
+            }
             Head::SetPte { slot, page, writable } => {
                 let page = (page != 0xFF).then_some((u64::from(page), writable));
-                let done = self.world.set_pte(u64::from(slot) % SLOTS, page);
+                let done = self.world.set_pte(u64::from(slot) % (2 * SLOTS), page);
                 self.see("page-table entry set", u64::from(slot), u64::from(done));
             }
             Head::Touch { slot, offset, write } => self.touch(u64::from(slot) % SLOTS, offset % 4096, write),
@@ -291,6 +312,7 @@ impl<W: World> Play<'_, W> {
 
     fn call(&mut self, call: CallHead, reader: &mut Reader<'_>) {
         let CallHead { op, place, .. } = call;
+        self.acting = call.other;
         let mut given = [[Value::Lit(0); MOST_FIELDS]; MOST_ITEMS];
         let layout = fields(op);
         let items = usize::from(call.items).min(MOST_ITEMS);
@@ -323,25 +345,26 @@ impl<W: World> Play<'_, W> {
                 }
             }
         }
+        let list = if call.other { OTHER_LIST } else { LIST };
         let listed = matches!(op, Op::SetupTable | Op::GetStatusFrames);
         if listed {
             for element in list_seen() {
-                self.world.poke(LIST, element * 8, &[FILL; 8]);
+                self.world.poke(list, element * 8, &[FILL; 8]);
             }
         }
-        if op == Op::SetVersion && !self.hold_status {
-            self.world.release_status();
+        if op == Op::SetVersion && (call.other || !self.hold_status) {
+            self.world.release_status(call.other);
         }
         let addr = match place {
             Place::Lit(addr) => addr,
             Place::Area(area, start) => self.world.area(area) + u64::from(start),
         };
-        let result = self.world.call(call.command, addr, call.count);
+        let result = self.world.call(call.other, call.command, addr, call.count);
         self.see("result", 0, result.cast_unsigned());
         if matches!(op, Op::SetupTable | Op::SetVersion) {
             self.world.refresh();
         }
-        self.lost |= op == Op::MapGrantRef && result == FAULT;
+        self.lost[usize::from(call.other)] |= op == Op::MapGrantRef && result == FAULT;
         if let Place::Area(area, start) = place {
             for item in 0..total {
                 let values = &given[usize::try_from(item).unwrap_or(0) % items];
@@ -352,15 +375,42 @@ impl<W: World> Play<'_, W> {
                     let mut is = [FILL; 40];
                     self.world.peek(area, offset, &mut is[..size]);
                     self.compare(op, item, &was, &is);
+                    if op == Op::Transfer && is[16..18] == [0, 0] && was[16..18] != [0, 0] {
+                        self.remember_received(load(&was, fields(op)[0]));
+                    }
                 }
             }
         }
         if listed {
-            self.look_at_list();
+            self.look_at_list(list);
+        }
+        if op == Op::Transfer {
+            self.transferred = true;
+            self.look_at_spares();
         }
         if op == Op::Copy {
             self.pages_changed = true;
             self.look_at_pages();
+        }
+    }
+
+    fn remember_received(&mut self, frame: u64) {
+        if let Some(name) = self.world.name(frame)
+            && (SPARE..SPARE + SPARES).contains(&name)
+        {
+            self.received |= 1 << (name - SPARE);
+        }
+    }
+
+    /// Whose the spare pages are, and under which number those that came by transfer.
+    fn look_at_spares(&mut self) {
+        for spare in 0..SPARES {
+            let owner = self.world.owner(spare);
+            self.see("owner of spare", spare, owner.map_or(2, u64::from));
+            if owner.is_some() && self.received & 1 << spare != 0 {
+                let physical = self.world.physical(spare);
+                self.see("number of spare", spare, physical);
+            }
         }
     }
 
@@ -378,11 +428,12 @@ impl<W: World> Play<'_, W> {
             let (before, after) = (load(was, *field), load(is, *field));
             let value = match (op, field.name) {
                 (Op::MapGrantRef, "handle") if okay => {
-                    if self.known < MOST_HANDLES {
-                        self.handles[self.known] = u32::try_from(after).unwrap_or(NO_HANDLE);
-                        self.known += 1;
+                    let who = usize::from(self.acting);
+                    if self.known[who] < MOST_HANDLES {
+                        self.handles[who][self.known[who]] = u32::try_from(after).unwrap_or(NO_HANDLE);
+                        self.known[who] += 1;
                     }
-                    u64::from(self.known < MOST_HANDLES)
+                    u64::from(self.known[who] < MOST_HANDLES)
                 }
                 (Op::MapGrantRef, "dev_bus_addr") if okay => self.name_addr(after),
                 _ if before == after => UNCHANGED,
@@ -402,10 +453,10 @@ impl<W: World> Play<'_, W> {
     }
 
     /// The list that setup_table and get_status_frames fill, at both ends of its area.
-    fn look_at_list(&mut self) {
+    fn look_at_list(&mut self, list: u8) {
         for element in list_seen() {
             let mut bytes = [0; 8];
-            self.world.peek(LIST, element * 8, &mut bytes);
+            self.world.peek(list, element * 8, &mut bytes);
             let name = self.name(u64::from_le_bytes(bytes));
             self.see("list", element, name);
         }
@@ -424,49 +475,11 @@ impl<W: World> Play<'_, W> {
         }
     }
 
-    /// Everything that the caller can see between two steps.
+    /// Everything that can be seen between two steps.
     fn look(&mut self) {
-        let version = self.world.version();
-        self.see("version", 0, u64::from(version));
-        let entry = if version == 2 { 16 } else { 8 };
-        let bytes = self.world.table_bytes(false);
-        self.see("table bytes", 0, bytes);
-        for gref in WATCHED.into_iter().map(u64::from) {
-            if (gref + 1) * entry > bytes {
-                continue;
-            }
-            let mut words = [0; 16];
-            self.world.table_load(
-                false,
-                gref * entry,
-                &mut words[..if version == 2 { 16 } else { 8 }],
-            );
-            let (head, frame) = if version == 2 {
-                let (head, frame) = words.split_at(8);
-                (word(head), word(frame))
-            } else {
-                (word(&words[..4]), word(&words[4..8]))
-            };
-            self.see("entry", gref, head);
-            let frame = self.name(frame);
-            self.see("frame of entry", gref, frame);
-            if version == 2 {
-                let status = self.world.status_load(gref).map_or(UNCHANGED, u64::from);
-                self.see("status word", gref, status);
-            }
-        }
-        let bytes = self.world.table_bytes(true);
-        for gref in WATCHED.into_iter().map(u64::from) {
-            if (gref + 1) * 8 > bytes {
-                break;
-            }
-            let mut words = [0; 8];
-            self.world.table_load(true, gref * 8, &mut words);
-            self.see("other's entry", gref, word(&words[..4]));
-            let frame = self.name(word(&words[4..]));
-            self.see("frame of other's entry", gref, frame);
-        }
-        for slot in 0..SLOTS {
+        self.look_at_table(false);
+        self.look_at_table(true);
+        for slot in 0..2 * SLOTS {
             let pte = self.world.pte(slot);
             let seen = if pte & PRESENT == 0 {
                 0
@@ -477,21 +490,48 @@ impl<W: World> Play<'_, W> {
         }
     }
 
+    fn look_at_table(&mut self, other: bool) {
+        let version = self.world.version(other);
+        let bytes = self.world.table_bytes(other);
+        self.see("version", u64::from(other), u64::from(version));
+        self.see("table bytes", u64::from(other), bytes);
+        let entry = if version == 2 { 16 } else { 8 };
+        for gref in WATCHED.into_iter().map(u64::from) {
+            if (gref + 1) * entry > bytes {
+                break;
+            }
+            let mut words = [0; 16];
+            let words = &mut words[..if version == 2 { 16 } else { 8 }];
+            self.world.table_load(other, gref * entry, words);
+            let (head, frame) = words.split_at(words.len() / 2);
+            let (head, frame) = (word(head), word(frame));
+            self.see(if other { "other's entry" } else { "entry" }, gref, head);
+            let frame = self.name(frame);
+            self.see("frame of entry", gref, frame);
+            if version == 2 {
+                let status = self.world.status_load(other, gref).map_or(UNCHANGED, u64::from);
+                self.see("status word", gref, status);
+            }
+        }
+    }
+
     // --- cleaning up ----------------------------------------------------------------------------
 
+    /// Unmaps, as whoever acts.
     fn unmap(&mut self, items: &[(u64, u64, u32)], statuses: &mut [i16]) {
+        let area = if self.acting { OTHER_ARGUMENTS } else { 1 };
         for (index, (host, dev, handle)) in (0_u64..).zip(items) {
             let mut bytes = [0; 24];
             bytes[..8].copy_from_slice(&host.to_le_bytes());
             bytes[8..16].copy_from_slice(&dev.to_le_bytes());
             bytes[16..20].copy_from_slice(&handle.to_le_bytes());
-            self.world.poke(1, index * 24, &bytes);
+            self.world.poke(area, index * 24, &bytes);
         }
-        let (addr, count) = (self.world.area(1), items.len() as u64);
-        self.world.call(1, addr, count);
+        let (addr, count) = (self.world.area(area), items.len() as u64);
+        self.world.call(self.acting, 1, addr, count);
         for (index, status) in (0_u64..).zip(&mut statuses[..items.len()]) {
             let mut bytes = [0; 2];
-            self.world.peek(1, index * 24 + 20, &mut bytes);
+            self.world.peek(area, index * 24 + 20, &mut bytes);
             *status = i16::from_le_bytes(bytes);
         }
     }
@@ -502,16 +542,18 @@ impl<W: World> Play<'_, W> {
         status == [0]
     }
 
-    /// Ends every mapping that is left, says how many there were, and makes everything as it was.
-    fn clean_up(&mut self) -> bool {
+    /// Ends every mapping of a domain's that is left; how many there were, and how many are left.
+    fn end_mappings(&mut self, other: bool) -> (u64, u64) {
+        self.acting = other;
+        let who = usize::from(other);
         let mut most = 0;
-        for handle in &self.handles[..self.known] {
+        for handle in &self.handles[who][..self.known[who]] {
             if *handle != NO_HANDLE {
                 most = most.max(*handle + 1);
             }
         }
         let (mut live, mut left) = (0, 0);
-        if self.lost {
+        if self.lost[who] {
             // Handles are dense: one that was not told is near those that were.
             for handle in 0..(most + 512).next_multiple_of(256) {
                 if self.is_live(handle) {
@@ -520,67 +562,93 @@ impl<W: World> Play<'_, W> {
                 }
             }
         } else {
-            for index in 0..self.known {
-                let handle = self.handles[index];
-                if !self.handles[..index].contains(&handle) && self.is_live(handle) {
+            for index in 0..self.known[who] {
+                let handle = self.handles[who][index];
+                if !self.handles[who][..index].contains(&handle) && self.is_live(handle) {
                     live += 1;
                     left += u64::from(!self.end_mapping(handle));
                 }
             }
         }
-        self.see("live mappings at the end", 0, live);
-        self.see("mappings that could not be ended", 0, left);
-        for slot in 0..SLOTS {
-            self.world.set_pte(slot, None);
-        }
+        self.see("live mappings at the end", u64::from(other), live);
+        self.see("mappings that could not be ended", u64::from(other), left);
+        (live, left)
+    }
+
+    /// Makes a table as it was; the result of the change of version.
+    fn empty_table(&mut self, other: bool) -> i64 {
         // First: a change to version 1 minds what stands in the reserved entries.
-        let entry = if self.world.version() == 2 { 16 } else { 8 };
+        let entry = if self.world.version(other) == 2 { 16 } else { 8 };
         for gref in WATCHED.into_iter().map(u64::from) {
             for at in (gref * entry..(gref + 1) * entry).step_by(8) {
-                if at + 8 <= self.world.table_bytes(false) {
-                    self.world.table_store(false, at, 8, 0);
+                if at + 8 <= self.world.table_bytes(other) {
+                    self.world.table_store(other, at, 8, 0);
                 }
-            }
-            if (gref + 1) * 8 <= self.world.table_bytes(true) {
-                self.world.table_store(true, gref * 8, 8, 0);
             }
         }
         let mut result = 0;
-        if self.world.version() == 2 {
-            self.world.release_status();
-            self.world.poke(1, 0, &1_u32.to_le_bytes());
-            let addr = self.world.area(1);
-            result = self.world.call(8, addr, 1);
+        if self.world.version(other) == 2 {
+            let area = if other { OTHER_ARGUMENTS } else { 1 };
+            self.world.release_status(other);
+            self.world.poke(area, 0, &1_u32.to_le_bytes());
+            let addr = self.world.area(area);
+            result = self.world.call(other, 8, addr, 1);
             self.world.refresh();
         }
-        self.see("back to version 1", 0, result.cast_unsigned());
+        self.see("back to version 1", u64::from(other), result.cast_unsigned());
+        result
+    }
+
+    /// Ends what is left, says how much there was, and makes everything as it was.
+    fn clean_up(&mut self) -> bool {
+        let acts = !self.killed;
+        let (_, mut left) = self.end_mappings(false);
+        if acts {
+            left += self.end_mappings(true).1;
+        }
+        for slot in 0..if acts { 2 * SLOTS } else { SLOTS } {
+            if self.world.pte(slot) & PRESENT != 0 {
+                self.world.set_pte(slot, None);
+            }
+        }
+        let mut failed = self.empty_table(false);
+        if acts {
+            failed |= self.empty_table(true);
+            if self.transferred {
+                self.world.reset_spares();
+            }
+        }
         if self.pages_changed {
             let other = OTHER_PAGES..OTHER_PAGES + self.world.other_pages();
             for page in (0..PAGES).chain(other) {
                 self.world.reset_page(page);
             }
         }
-        left == 0 && result == 0 && !self.killed
+        left == 0 && failed == 0 && acts
     }
 
     /// Ends a mapping, wherever it is: its page-table entry is looked for, or made again.
     fn end_mapping(&mut self, handle: u32) -> bool {
+        let first = if self.acting { SLOTS } else { 0 };
         let mut statuses = [0; 32];
         let mut items = [(0, 0, handle); 32];
         for slot in 0..SLOTS {
             let index = usize::try_from(slot).unwrap_or(0) * 2;
-            items[index].0 = self.world.slot(slot);
-            items[index + 1].0 = self.world.pte_addr(slot);
+            items[index].0 = self.world.slot(first + slot);
+            items[index + 1].0 = self.world.pte_addr(first + slot);
         }
         self.unmap(&items, &mut statuses);
         if statuses.contains(&-4) {
             return true;
         }
         let other = OTHER_PAGES..OTHER_PAGES + self.world.other_pages();
-        for page in (0..=SLOTS_TABLE)
-            .chain(other.clone())
-            .chain([TABLE, STATUS, OTHER_TABLE])
-        {
+        let named = || {
+            (0..=OTHER_SLOTS_TABLE)
+                .chain(other.clone())
+                .chain(SPARE..SPARE + SPARES)
+                .chain([TABLE, STATUS, OTHER_TABLE, OTHER_STATUS])
+        };
+        for page in named() {
             let Some(frame) = self.world.frame(page) else {
                 continue;
             };
@@ -589,13 +657,13 @@ impl<W: World> Play<'_, W> {
         if !self.is_live(handle) {
             return true;
         }
-        for page in (0..=SLOTS_TABLE).chain(other).chain([TABLE, STATUS, OTHER_TABLE]) {
+        for page in named() {
             for writable in [true, false] {
-                self.world.set_pte(0, None);
-                if self.world.set_pte(0, Some((page, writable))) {
+                self.world.set_pte(first, None);
+                if self.world.set_pte(first, Some((page, writable))) {
                     let items = [
-                        (self.world.slot(0), 0, handle),
-                        (self.world.pte_addr(0), 0, handle),
+                        (self.world.slot(first), 0, handle),
+                        (self.world.pte_addr(first), 0, handle),
                     ];
                     self.unmap(&items, &mut statuses);
                     if !self.is_live(handle) {

@@ -9,14 +9,19 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use gnttab_conformance::mailbox::{
-    CLEAN, GREETING, IN_BYTES, IN_FRAMES, IN_PAGES, OUT_FRAMES, OUT_PAGES, OUT_WORDS, PLAYED, PLAYING,
-    REQUEST, RESPONSE,
+    CLEAN, GREETING, HYPERCALLS, IN_BYTES, IN_FRAMES, IN_PAGES, KIND, MEET, Meeting, OUT_FRAMES, OUT_PAGES,
+    OUT_WORDS, PEEK, PLAYED, PLAYING, REQUEST, RESPONSE, SCRATCH_FRAMES, SCRIPTS,
 };
+use gnttab_conformance::puppet::AREA_PAGES;
 
 use crate::engine_world::Settings;
 
 /// Bytes of memory of the emulated machine.
 const MEMORY: &str = "256M";
+/// How long an answer is waited for without sleeping.
+const IMPATIENCE: Duration = Duration::from_millis(2);
+/// The hypercall that tells the hypervisor's version.
+const XEN_VERSION: u64 = 17;
 /// How long it may take from start to greeting, and to answer a batch.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -31,6 +36,9 @@ pub(crate) enum XenError {
         /// The system's reason.
         why: std::io::Error,
     },
+    /// The list of accepted differences cannot be read.
+    #[error("docs/differences.json: {0}")]
+    List(#[from] serde_json::Error),
     /// The emulator is not there.
     #[error("{0} is not there: install qemu-system-x86, or name an emulator with --qemu")]
     NoEmulator(PathBuf),
@@ -43,6 +51,16 @@ pub(crate) enum XenError {
     /// The kernel could not be built.
     #[error("conformance/guest could not be built:\n{0}")]
     Build(String),
+    /// A domain could not be made.
+    #[error("domain {domain} could not be made: {what} returned {result}")]
+    Domain {
+        /// Which.
+        domain: u16,
+        /// By what.
+        what: &'static str,
+        /// What the hypercall returned.
+        result: i64,
+    },
     /// The machine said no more.
     #[error(
         "the machine did not answer within {seconds} s, at script {script} of the batch; its console ended \
@@ -104,6 +122,10 @@ pub(crate) struct RealXen {
     header: u64,
     input: Vec<u64>,
     output: Vec<u64>,
+    /// Frames of the kernel's pages for arguments, then of those for lists.
+    pub(crate) scratch: Vec<u64>,
+    /// Version of the hypervisor: major in the upper half.
+    pub(crate) version: u32,
     number: u64,
 }
 
@@ -116,8 +138,8 @@ pub(crate) struct Answers {
 }
 
 impl RealXen {
-    /// Starts a machine and waits for its kernel.
-    pub(crate) fn start(tools: &Tools, settings: Settings) -> Result<RealXen, XenError> {
+    /// Starts a machine, with more words for the hypervisor's command line, and waits for its kernel.
+    pub(crate) fn start(tools: &Tools, settings: Settings, more: &str) -> Result<RealXen, XenError> {
         let mut magic = [0; 4];
         let read = File::open(&tools.xen).and_then(|mut file| file.read_exact(&mut magic));
         if read.is_err() || magic != *b"\x7fELF" {
@@ -125,8 +147,8 @@ impl RealXen {
         }
         let memory_path = memory_path();
         let options = format!(
-            "console=com1 com1=115200,8n1 dom0_mem=64M dom0_max_vcpus=1 loglvl=warning guest_loglvl=none \
-             watchdog=0 gnttab_max_frames={} gnttab_max_maptrack_frames={}",
+            "console=com1 com1=115200,8n1 dom0_mem=64M dom0_max_vcpus=1 spec-ctrl=no xpti=no loglvl=warning guest_loglvl=none \
+             watchdog=0 gnttab_max_frames={} gnttab_max_maptrack_frames={}{more}",
             settings.max_frames, settings.max_maptrack_frames
         );
         let mut machine = Command::new(&tools.qemu)
@@ -193,6 +215,8 @@ impl RealXen {
             header,
             input: Vec::new(),
             output: Vec::new(),
+            scratch: Vec::new(),
+            version: 0,
             number: 0,
         };
         for page in 0..IN_PAGES {
@@ -203,7 +227,55 @@ impl RealXen {
             let frame = xen.word(OUT_FRAMES + page)?;
             xen.output.push(frame);
         }
+        for page in 0..2 * AREA_PAGES {
+            let frame = xen.word(SCRATCH_FRAMES + page)?;
+            xen.scratch.push(frame);
+        }
+        let version = xen.hypercall([XEN_VERSION, 0, 0, 0, 0, 0])?;
+        xen.version = u32::try_from(version).unwrap_or(0);
         Ok(xen)
+    }
+
+    /// Bytes of the machine's memory.
+    pub(crate) fn read(&self, machine_addr: u64, into: &mut [u8]) -> Result<(), XenError> {
+        let done = self.memory.read_exact_at(into, machine_addr);
+        done.map_err(io("the machine's memory"))
+    }
+
+    /// Stores into the machine's memory.
+    pub(crate) fn write(&self, machine_addr: u64, bytes: &[u8]) -> Result<(), XenError> {
+        let done = self.memory.write_all_at(bytes, machine_addr);
+        done.map_err(io("the machine's memory"))
+    }
+
+    /// Has the kernel make hypercalls, number and five arguments each; their results.
+    pub(crate) fn hypercalls(&mut self, calls: &[[u64; 6]]) -> Result<Vec<i64>, XenError> {
+        let bytes: Vec<u8> = calls
+            .iter()
+            .flatten()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
+        self.hand_over(HYPERCALLS, &bytes)?;
+        self.wait()?;
+        Ok(self.output_words()?.into_iter().map(u64::cast_signed).collect())
+    }
+
+    /// Has the kernel make one hypercall.
+    pub(crate) fn hypercall(&mut self, call: [u64; 6]) -> Result<i64, XenError> {
+        Ok(self.hypercalls(&[call])?.first().copied().unwrap_or(i64::MIN))
+    }
+
+    /// A word of the kernel's address space.
+    pub(crate) fn peek(&mut self, addr: u64) -> Result<u64, XenError> {
+        Ok(self.hypercall([PEEK, addr, 0, 0, 0, 0])?.cast_unsigned())
+    }
+
+    /// Tells the kernel of the second domain.
+    pub(crate) fn introduce(&mut self, other: &Meeting) -> Result<(), XenError> {
+        let words = other.to_words();
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        self.hand_over(MEET, &bytes)?;
+        self.wait()
     }
 
     fn word(&self, word: usize) -> Result<u64, XenError> {
@@ -233,21 +305,28 @@ impl RealXen {
             bytes.push(u8::from(verbose));
             bytes.extend(script);
         }
+        self.hand_over(SCRIPTS, &bytes)
+    }
+
+    fn hand_over(&mut self, kind: u64, bytes: &[u8]) -> Result<(), XenError> {
         assert!(bytes.len() <= IN_PAGES * 4096, "a batch of {} bytes", bytes.len());
         for (frame, chunk) in self.input.iter().zip(bytes.chunks(4096)) {
-            self.memory
-                .write_all_at(chunk, frame * 4096)
-                .map_err(io("the machine's memory"))?;
+            self.write(frame * 4096, chunk)?;
         }
         self.set_word(IN_BYTES, bytes.len() as u64)?;
+        self.set_word(KIND, kind)?;
         self.number += 1;
         self.set_word(REQUEST, self.number)
     }
 
-    /// The answer to what was asked.
-    pub(crate) fn answers(&mut self) -> Result<Answers, XenError> {
+    /// Waits for the answer to what was handed over.
+    fn wait(&mut self) -> Result<(), XenError> {
         let started = Instant::now();
         while self.word(RESPONSE)? != self.number {
+            if started.elapsed() < IMPATIENCE {
+                std::thread::yield_now();
+                continue;
+            }
             let ended = self.machine.try_wait().map_err(io("the emulator"))?.is_some();
             if ended || started.elapsed() > PATIENCE {
                 self.last_lines.extend(self.console.try_iter());
@@ -255,18 +334,24 @@ impl RealXen {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        let (words, played) = (self.word(OUT_WORDS)?, self.word(PLAYED)?);
+        Ok(())
+    }
+
+    fn output_words(&self) -> Result<Vec<u64>, XenError> {
+        let words = self.word(OUT_WORDS)?;
         let mut output = vec![0; usize::try_from(words).unwrap_or(0) * 8];
         for (frame, chunk) in self.output.iter().zip(output.chunks_mut(4096)) {
-            self.memory
-                .read_exact_at(chunk, frame * 4096)
-                .map_err(io("the machine's memory"))?;
+            self.read(frame * 4096, chunk)?;
         }
-        let mut words = output
-            .as_chunks::<8>()
-            .0
-            .iter()
-            .map(|bytes| u64::from_le_bytes(*bytes));
+        let (words, _) = output.as_chunks::<8>();
+        Ok(words.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect())
+    }
+
+    /// The answer to what was asked.
+    pub(crate) fn answers(&mut self) -> Result<Answers, XenError> {
+        self.wait()?;
+        let played = self.word(PLAYED)?;
+        let mut words = self.output_words()?.into_iter();
         let mut scripts = Vec::new();
         for _ in 0..played {
             let count = usize::try_from(words.next().unwrap_or(0)).unwrap_or(0);

@@ -9,23 +9,35 @@ use alloc::vec::Vec;
 pub const PAGES: u64 = 8;
 /// The name of the level-1 table that holds the slots' entries.
 pub const SLOTS_TABLE: u64 = 8;
+/// The name of the other domain's.
+pub const OTHER_SLOTS_TABLE: u64 = 9;
 /// The names of the other domain's pages.
 pub const OTHER_PAGES: u64 = 0x10;
+/// The names of pages that nobody maps, for transfers.
+pub const SPARE: u64 = 0x20;
+/// So many of them: half the caller's, half the other domain's.
+pub const SPARES: u64 = 8;
 /// The names of the frames of the caller's table.
 pub const TABLE: u64 = 0x100;
 /// The names of the frames of the caller's status words.
 pub const STATUS: u64 = 0x200;
 /// The names of the frames of the other domain's table.
 pub const OTHER_TABLE: u64 = 0x300;
-/// Places for mappings.
+/// The names of the frames of the other domain's status words.
+pub const OTHER_STATUS: u64 = 0x400;
+/// Places for mappings that each domain has: the caller's, then the other's.
 pub const SLOTS: u64 = 16;
-/// Writable pages of an area of arguments; area 0 goes on with a page that is read-only, and
-/// both end with one that is not mapped.
+/// Writable pages of an area; area 0 goes on with a page that is read-only, and all end with one
+/// that is not mapped.
 pub const AREA_PAGES: u64 = 16;
-/// Areas: two of arguments, and one like the second of lists of frames.
-pub const AREAS: usize = 3;
+/// Areas: two of arguments and one of lists of frames, then the other domain's: one of each.
+pub const AREAS: usize = 5;
 /// The area of lists.
 pub const LIST: u8 = 2;
+/// The other domain's area of arguments.
+pub const OTHER_ARGUMENTS: u8 = 3;
+/// The other domain's area of lists.
+pub const OTHER_LIST: u8 = 4;
 /// A handle that nobody has.
 pub const NO_HANDLE: u32 = 0x00FF_FFFE;
 /// The number of the other domain.
@@ -51,7 +63,7 @@ pub enum Value {
     Slot(u64, u16),
     /// Machine address of a slot's page-table entry, and an offset.
     Pte(u64, u16),
-    /// The handle of the k-th successful map of the script, counted round.
+    /// The handle of the k-th successful map of the script by whoever makes the call, counted round.
     Handle(u64),
     /// The handle of the map with this number plus the item's.
     HandleSeq(u64),
@@ -198,6 +210,8 @@ pub const MOST_FIELDS: usize = 9;
 /// The call step, without its items.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallHead {
+    /// The other domain makes it.
+    pub other: bool,
     /// The command register.
     pub command: u64,
     /// The operation whose arguments are laid out.
@@ -230,14 +244,16 @@ pub enum Head {
         /// What.
         value: Value,
     },
-    /// A store of 2 bytes into the caller's status words.
+    /// A store of 2 bytes into a table's status words.
     StatusWord {
+        /// Of the other domain, not of the caller.
+        other: bool,
         /// Which.
         index: u32,
         /// What.
         value: u16,
     },
-    /// The caller's own change of a slot's page-table entry.
+    /// A domain's own change of a slot's page-table entry.
     SetPte {
         /// Which slot.
         slot: u8,
@@ -318,6 +334,7 @@ impl<'a> Reader<'a> {
     pub fn head(&mut self) -> Option<Head> {
         Some(match self.u8()? {
             1 => {
+                let other = self.u8()? != 0;
                 let command = self.u64()?;
                 let op = Op::from_number(u32::from(self.u8()?))?;
                 let place = match self.u8()? {
@@ -325,6 +342,7 @@ impl<'a> Reader<'a> {
                     area => Place::Area(area, self.u32()?),
                 };
                 Head::Call(CallHead {
+                    other,
                     command,
                     op,
                     place,
@@ -355,6 +373,7 @@ impl<'a> Reader<'a> {
             },
             5 => Head::HoldStatus(self.u8()? != 0),
             6 => Head::StatusWord {
+                other: self.u8()? != 0,
                 index: self.u32()?,
                 value: self.u16()?,
             },
@@ -380,7 +399,7 @@ impl Step {
     pub fn encode(&self, to: &mut Vec<u8>) {
         match self.head {
             Head::Call(call) => {
-                to.push(1);
+                to.extend([1, u8::from(call.other)]);
                 to.extend(call.command.to_le_bytes());
                 to.push(call.op as u8);
                 match call.place {
@@ -420,8 +439,8 @@ impl Step {
             }
             Head::Kill => to.push(7),
             Head::HoldStatus(hold) => to.extend([5, u8::from(hold)]),
-            Head::StatusWord { index, value } => {
-                to.push(6);
+            Head::StatusWord { other, index, value } => {
+                to.extend([6, u8::from(other)]);
                 to.extend(index.to_le_bytes());
                 to.extend(value.to_le_bytes());
             }

@@ -5,11 +5,15 @@ use std::fmt::Write;
 
 use fastrand::Rng;
 use gnttab_abi::Op;
-use gnttab_conformance::script::{CallHead, Head, Place, Step, Value, fields};
+use gnttab_conformance::mailbox::Meeting;
+use gnttab_conformance::script::{CallHead, Head, OTHER, PAGES, Place, SPARES, Step, Value, fields};
+use gnttab_engine::Reference;
 use serde::Serialize;
 
+use crate::accepted::Accepted;
 use crate::engine_world::{EngineWorld, Settings};
 use crate::generate::program;
+use crate::puppets::{Plan, Puppet, control_version, new_pages};
 use crate::real_xen::{RealXen, Tools, XenError};
 
 /// Programs that are handed over at once.
@@ -33,8 +37,20 @@ pub(crate) struct Report {
     pub(crate) scripts: u64,
     /// How often each operation answered what, if only the engine was asked.
     pub(crate) answers: BTreeMap<String, BTreeMap<i64, u64>>,
+    /// Version of the hypervisor that was asked, major in the upper half; 0: none was.
+    pub(crate) xen: u32,
     /// What differed.
     pub(crate) differences: Vec<Difference>,
+}
+
+impl Report {
+    /// How many differences are not listed.
+    pub(crate) fn unlisted(&self) -> usize {
+        self.differences
+            .iter()
+            .filter(|found| found.listed.is_none())
+            .count()
+    }
 }
 
 /// A program whose answers differ.
@@ -54,6 +70,8 @@ pub(crate) struct Difference {
     pub(crate) xen: Option<u64>,
     /// What the engine answered.
     pub(crate) engine: Option<u64>,
+    /// The accepted difference that it falls under.
+    pub(crate) listed: Option<String>,
 }
 
 /// Both sides, started together: their tables have grown by the same steps.
@@ -65,8 +83,15 @@ struct Pair {
 
 impl Pair {
     fn start(tools: &Tools, settings: Settings) -> Result<Pair, XenError> {
+        let mut xen = RealXen::start(tools, settings, "")?;
+        let other = make_other(&mut xen)?;
+        xen.introduce(&other)?;
+        let settings = Settings {
+            reference: reference_of(xen.version),
+            ..settings
+        };
         Ok(Pair {
-            xen: RealXen::start(tools, settings)?,
+            xen,
             engine: EngineWorld::new(settings),
             clean: true,
         })
@@ -85,6 +110,43 @@ impl Pair {
     }
 }
 
+/// Whose behaviour the engine is to have beside a hypervisor of that version.
+pub(crate) fn reference_of(xen: u32) -> Reference {
+    if xen < 0x4_0014 {
+        Reference::V4_17
+    } else {
+        Reference::V4_20
+    }
+}
+
+/// The second domain, and pages of both for transfers.
+fn make_other(xen: &mut RealXen) -> Result<Meeting, XenError> {
+    const HALF: usize = SPARES as usize / 2;
+    let plan = Plan {
+        id: OTHER,
+        vcpus: 1,
+        grant_frames: None,
+        maptrack_frames: None,
+        version: 2,
+        pages: PAGES as usize + HALF,
+    };
+    let other = Puppet::create(xen, &plan)?;
+    let mut spares = [0; 2 * HALF];
+    new_pages(xen, &mut spares[..HALF])?;
+    for (at, spare) in spares[HALF..].iter_mut().enumerate() {
+        *spare = other.page(PAGES as usize + at);
+    }
+    Ok(Meeting {
+        control_version: control_version(xen.version),
+        words: other.words_frame(),
+        pages: std::array::from_fn(|page| other.page(page)),
+        spares,
+        arguments: std::array::from_fn(|page| other.argument_frame(page)),
+        lists: std::array::from_fn(|page| other.list_frame(page)),
+        slots_table: other.slots_table(),
+    })
+}
+
 fn encode(steps: &[Step]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for step in steps {
@@ -96,6 +158,7 @@ fn encode(steps: &[Step]) -> Vec<u8> {
 /// A program that makes the tables as large as they were.
 fn grow(frames: [u32; 2]) -> Vec<Step> {
     let call = CallHead {
+        other: false,
         command: Op::SetupTable as u64,
         op: Op::SetupTable,
         place: Place::Area(0, 0),
@@ -104,7 +167,7 @@ fn grow(frames: [u32; 2]) -> Vec<Step> {
         items: 1,
     };
     let list = Value::Area(gnttab_conformance::script::LIST, 0);
-    let doms = [0x7FF0, u64::from(gnttab_conformance::script::OTHER)];
+    let doms = [0x7FF0, u64::from(OTHER)];
     let step = |(dom, frames): (u64, u32)| {
         let item = [dom, u64::from(frames), 0x7777].map(Value::Lit);
         Step {
@@ -126,6 +189,7 @@ fn operations(steps: &[Step]) -> (u64, u64) {
 pub(crate) fn compare(
     tools: Option<&Tools>,
     settings: Settings,
+    accepted: &Accepted,
     seed: u64,
     enough: u64,
     most: usize,
@@ -136,6 +200,7 @@ pub(crate) fn compare(
         items: 0,
         scripts: 0,
         answers: BTreeMap::new(),
+        xen: 0,
         differences: Vec::new(),
     };
     let mut rng = Rng::with_seed(seed);
@@ -144,8 +209,9 @@ pub(crate) fn compare(
         return Ok(report);
     };
     let mut pair = Pair::start(tools, settings)?;
+    report.xen = pair.xen.version;
     let mut waiting: VecDeque<Vec<Step>> = VecDeque::new();
-    while report.operations < enough && report.differences.len() < most {
+    while report.operations < enough && report.unlisted() < most {
         if !pair.clean {
             drop(pair);
             pair = Pair::start(tools, settings)?;
@@ -178,16 +244,19 @@ pub(crate) fn compare(
         }
         let answers = match pair.xen.answers() {
             Ok(answers) => answers,
-            Err(XenError::Silent { script, .. }) => {
+            Err(XenError::Silent { script, console, .. }) => {
                 let silent = usize::try_from(script).unwrap_or(0).min(batch.len() - 1);
                 let found = Difference {
                     script: report.scripts + script,
                     frames: frames.get(silent).copied().unwrap_or_default(),
                     program: batch[silent].0.iter().map(words).collect(),
                     step: 0,
-                    what: "a script that Xen did not come to an end of".to_owned(),
+                    what: format!(
+                        "a script that Xen did not come to an end of; its console ended with\n{console}\nand it was"
+                    ),
                     xen: None,
                     engine: None,
+                    listed: None,
                 };
                 eprintln!("{}", told(&found));
                 report.differences.push(found);
@@ -216,7 +285,10 @@ pub(crate) fn compare(
         if let Some(index) = differs {
             let number = report.scripts - 1;
             drop(pair);
-            let found = explain(tools, settings, &batch[index].0, frames[index], number)?;
+            let mut found = explain(tools, settings, &batch[index].0, frames[index], number)?;
+            found.listed = accepted
+                .of_script(&found, reference_of(report.xen))
+                .map(|entry| entry.id.clone());
             eprintln!("{}", told(&found));
             report.differences.push(found);
             pair = Pair::start(tools, settings)?;
@@ -256,6 +328,7 @@ fn engine_only(rng: &mut Rng, settings: Settings, enough: u64, report: &mut Repo
                 what: format!("clean: {clean}; {}", wrong.join("; ")),
                 xen: None,
                 engine: None,
+                listed: None,
             };
             eprintln!("{}", told(&found));
             report.differences.push(found);
@@ -350,6 +423,7 @@ fn explain(
         what: seen.map_or_else(String::new, |seen| format!("{} {}", seen.what, seen.index)),
         xen: xen.get(at).copied(),
         engine: engine.get(at).copied(),
+        listed: None,
     })
 }
 
@@ -408,8 +482,9 @@ fn make_small(
 // --- in words -----------------------------------------------------------------------------------
 
 fn told(difference: &Difference) -> String {
+    let listed = difference.listed.as_deref().unwrap_or("not listed");
     let mut text = format!(
-        "script {} (tables of {:?} frames): {} at step {}: xen {:x?}, engine {:x?}",
+        "{listed}: script {} (tables of {:?} frames): {} at step {}: xen {:x?}, engine {:x?}",
         difference.script,
         difference.frames,
         difference.what,
@@ -468,6 +543,7 @@ fn value_words(value: Value) -> String {
 #[cfg(test)]
 mod tests {
     use gnttab_conformance::script::Reader;
+    use gnttab_engine::Reference;
 
     use super::*;
 
@@ -475,6 +551,7 @@ mod tests {
         max_frames: 64,
         max_maptrack_frames: 1024,
         kills: 0,
+        reference: Reference::V4_17,
     };
 
     /// What the guest reads is what the generator meant.
@@ -502,9 +579,11 @@ mod tests {
             max_frames: 3,
             max_maptrack_frames: 1,
             kills: 0,
+            reference: Reference::V4_17,
         };
+        let list = Accepted::read().expect("it is JSON");
         for settings in [ROOMY, tight] {
-            let report = compare(None, settings, 11, 3000, 1).expect("no emulator is asked");
+            let report = compare(None, settings, &list, 11, 3000, 1).expect("no emulator is asked");
             assert!(report.differences.is_empty(), "{:?}", report.differences);
             let mapped = &report.answers["map_grant_ref status"];
             assert!(mapped[&0] > 200, "most programs are valid: {mapped:?}");

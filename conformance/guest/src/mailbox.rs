@@ -3,12 +3,18 @@
 use core::sync::atomic::{Ordering, fence};
 
 use gnttab_conformance::mailbox::{
-    CLEAN, IN_BYTES, IN_FRAMES, IN_PAGES, OUT_FRAMES, OUT_PAGES, OUT_WORDS, PLAYED, PLAYING, REQUEST,
-    RESPONSE,
+    CLEAN, IN_BYTES, IN_FRAMES, IN_PAGES, KIND, OUT_FRAMES, OUT_PAGES, OUT_WORDS, PLAYED, PLAYING, REQUEST,
+    RESPONSE, SCRATCH_FRAMES,
 };
+use gnttab_conformance::puppet::{AREA_PAGES, ARGUMENTS_ADDR, LIST_ADDR};
 
 use crate::xen::{Pages, frame_of, load64, store64};
 
+/// Arguments and lists of the hypercalls that the runner asks for: where other domains have theirs.
+#[unsafe(link_section = ".scratch.arguments")]
+static ARGUMENTS: Pages<AREA_PAGES> = Pages::new();
+#[unsafe(link_section = ".scratch.lists")]
+static LISTS: Pages<AREA_PAGES> = Pages::new();
 static HEADER: Pages<1> = Pages::new();
 static INPUT: Pages<IN_PAGES> = Pages::new();
 static OUTPUT: Pages<OUT_PAGES> = Pages::new();
@@ -43,6 +49,12 @@ impl Mailbox {
         for page in 0..OUT_PAGES {
             set_header(OUT_FRAMES + page, frame_of(OUTPUT.addr() + page as u64 * 4096));
         }
+        assert_eq!((ARGUMENTS.addr(), LISTS.addr()), (ARGUMENTS_ADDR, LIST_ADDR));
+        for page in 0..AREA_PAGES {
+            let at = page as u64 * 4096;
+            set_header(SCRATCH_FRAMES + page, frame_of(ARGUMENTS_ADDR + at));
+            set_header(SCRATCH_FRAMES + AREA_PAGES + page, frame_of(LIST_ADDR + at));
+        }
         Mailbox {
             number: 0,
             bytes: 0,
@@ -70,6 +82,29 @@ impl Mailbox {
             written: 0,
             played: 0,
         };
+    }
+
+    /// What the batch is.
+    pub fn kind(&self) -> u64 {
+        header(KIND)
+    }
+
+    /// The next words of a batch that consists of words.
+    pub fn next_words<const N: usize>(&mut self) -> Option<[u64; N]> {
+        if self.read + N * 8 > self.bytes {
+            return None;
+        }
+        let at = INPUT.addr() + self.read as u64;
+        self.read += N * 8;
+        Some(core::array::from_fn(|word| load64(at + word as u64 * 8)))
+    }
+
+    /// Adds a word to the answer, if there is room.
+    pub fn answer_word(&mut self, word: u64) {
+        if self.written < OUT_PAGES * 512 {
+            store64(OUTPUT.addr() + self.written as u64 * 8, word);
+            self.written += 1;
+        }
     }
 
     pub fn next_script(&mut self) -> Option<&'static [u8]> {

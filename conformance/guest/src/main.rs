@@ -8,14 +8,14 @@
 #![no_main]
 
 mod bare;
-mod domain;
 mod mailbox;
+mod other;
 mod world;
 mod xen;
 
 use core::fmt::Write;
 
-use gnttab_conformance::mailbox::GREETING;
+use gnttab_conformance::mailbox::{GREETING, HYPERCALLS, MEET, Meeting, PEEK};
 use gnttab_conformance::play::play;
 
 /// Where the kernel starts, on its own stack.
@@ -27,6 +27,27 @@ extern "C" fn start(info: u64) -> ! {
     loop {
         mailbox.wait();
         let mut clean = true;
+        match mailbox.kind() {
+            HYPERCALLS => {
+                while let Some([number, a, b, c, d, e]) = mailbox.next_words() {
+                    let result = match number {
+                        PEEK => xen::load64(a),
+                        _ => xen::hypercall5(number, [a, b, c, d, e]) as u64,
+                    };
+                    mailbox.answer_word(result);
+                }
+                mailbox.finish(true);
+                continue;
+            }
+            MEET => {
+                if let Some(words) = mailbox.next_words::<{ Meeting::WORDS }>() {
+                    world.meet(&Meeting::from_words(&words));
+                }
+                mailbox.finish(true);
+                continue;
+            }
+            _ => {}
+        }
         while let Some(script) = mailbox.next_script() {
             world.answer.clear();
             world.verbose = script.first() == Some(&1);

@@ -112,8 +112,13 @@ pub fn pte_of(addr: u64) -> u64 {
     table + (addr >> 12) % 512 * 8
 }
 
-/// A hypercall of up to four arguments. The registers may come back changed.
+/// A hypercall of up to four arguments.
 pub fn hypercall(number: u64, a: u64, b: u64, c: u64, d: u64) -> i64 {
+    hypercall5(number, [a, b, c, d, 0])
+}
+
+/// A hypercall. The registers may come back changed.
+pub fn hypercall5(number: u64, [a, b, c, d, e]: [u64; 5]) -> i64 {
     unsafe extern "C" {
         static hypercall_page: u8;
     }
@@ -124,11 +129,12 @@ pub fn hypercall(number: u64, a: u64, b: u64, c: u64, d: u64) -> i64 {
         let entry = (&raw const hypercall_page).wrapping_add(number as usize * 32);
         asm!("call {entry}", entry = in(reg) entry, inlateout("rax") number => result,
             inlateout("rdi") a => _, inlateout("rsi") b => _, inlateout("rdx") c => _,
-            inlateout("r10") d => _, out("r8") _, out("r9") _, out("rcx") _, out("r11") _);
+            inlateout("r10") d => _, inlateout("r8") e => _, out("r9") _, out("rcx") _, out("r11") _);
     }
     result
 }
 
+const MMU_UPDATE: u64 = 1;
 const MEMORY_OP: u64 = 12;
 const UPDATE_VA_MAPPING: u64 = 14;
 const UPDATE_VA_MAPPING_OTHERDOMAIN: u64 = 22;
@@ -150,6 +156,19 @@ pub fn map(addr: u64, pte: u64) -> bool {
 pub fn map_foreign(addr: u64, pte: u64, domain: u16) -> bool {
     let domain = u64::from(domain);
     hypercall(UPDATE_VA_MAPPING_OTHERDOMAIN, addr, pte, INVALIDATE, domain) == 0
+}
+
+/// Puts an entry for a page of `owner`'s at a place in a domain's page tables.
+pub fn set_pte_of(domain: u16, place: u64, pte: u64, owner: u64) -> bool {
+    // struct mmu_update: place and value; the tables' domain is in the upper half, plus one.
+    let update = [place, pte];
+    let domains = (u64::from(domain) + 1) << 16 | owner;
+    hypercall(MMU_UPDATE, (&raw const update) as u64, 1, 0, domains) == 0
+}
+
+/// What a frame's owner calls it.
+pub fn physical(frame: u64) -> u64 {
+    load64(MACHINE_TO_PHYSICAL + frame * 8)
 }
 
 /// Forgets this processor's translation of an address.

@@ -136,7 +136,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         let engine = self.engine;
         let caller = &vcpu.domain;
         // 0
-        if item.len == 0 && engine.config.reference == Reference::Head {
+        if item.len == 0 && engine.config.reference != Reference::V4_17 {
             return Ok(());
         }
         // 1

@@ -49,6 +49,8 @@ pub enum Reference {
     Head,
     /// Xen 4.17.7.
     V4_17,
+    /// Xen 4.20.4. What a PV caller sees was measured; elsewhere it is taken to be as [`Reference::Head`].
+    V4_20,
 }
 
 /// A set of operations.

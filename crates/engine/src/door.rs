@@ -294,7 +294,9 @@ where
     fn dispatches(&self, op: Op) -> bool {
         match op {
             Op::DumpTable => self.cpu.engine.config.dump,
-            Op::CacheFlush => self.kind() == DomainKind::Arm || self.is_4_17(),
+            Op::CacheFlush => {
+                self.kind() == DomainKind::Arm || self.cpu.engine.config.reference != Reference::Head
+            }
             _ => true,
         }
     }

@@ -106,7 +106,7 @@ impl<H: Hypervisor> Processor<'_, H> {
             let gfn = engine.hv.table_page_gfn(target.private(), page);
             if !store(index, gfn) {
                 stored = Err(GrantStatus::BAD_VIRT_ADDR);
-                if engine.config.reference == crate::Reference::Head {
+                if engine.config.reference != crate::Reference::V4_17 {
                     break;
                 }
             }

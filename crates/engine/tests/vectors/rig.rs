@@ -12,9 +12,12 @@ use gnttab_engine::{
     Limits, Outcome as Called, PinCounts, Processor, Reference, Release, TableResource, Vcpu, Version,
 };
 
-use crate::run::{ARGUMENTS, Case, LIST, Outcome, id_of, letter, number, reached, same};
+use crate::run::{Case, Outcome, id_of, letter, number, reached, same};
 use crate::script::{Step, Vector};
 
+/// Where callers keep their arguments and lists.
+pub(crate) const ARGUMENTS: u64 = 0x100_0000;
+pub(crate) const LIST: u64 = 0x200_0000;
 /// Where mappings are put: 4 MiB with level-1 tables (PV), or holes of the physmap.
 const PLACES: u64 = 0x4000_0000;
 /// A range of a PV domain that has no level-1 table.
@@ -91,7 +94,7 @@ pub(crate) struct Rig {
 }
 
 impl Rig {
-    pub(crate) fn new(table: char, vector: &Vector, case: Case) -> Rig {
+    pub(crate) fn new(table: char, vector: &Vector, case: Case) -> Result<Rig, String> {
         let holds = &vector.holds;
         let setting = |name: &str| {
             holds
@@ -164,7 +167,7 @@ impl Rig {
         };
         rig.add_frames();
         rig.set_the_scene(table, vector);
-        rig
+        Ok(rig)
     }
 
     fn add_frames(&self) {
@@ -955,6 +958,7 @@ impl GuestMemory for Memory<'_> {
 pub(crate) fn reference_name(reference: Reference) -> &'static str {
     match reference {
         Reference::Head => "HEAD",
+        Reference::V4_20 => "4.20",
         Reference::V4_17 => "4.17",
     }
 }

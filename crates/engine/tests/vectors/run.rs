@@ -12,15 +12,12 @@ use std::rc::Rc;
 use gnttab_abi::*;
 use gnttab_engine::{DomainKind, Reference};
 
-use crate::rig::{Place, Protection, Rig};
+use crate::rig::{ARGUMENTS, LIST, Place, Protection, Rig};
 use crate::script::{Action, Call, Script, Step, Vector, Write};
 
 /// What a failed step says.
 pub(crate) type Outcome = Result<(), String>;
 
-/// Where callers keep their arguments and lists, and how many pages of them.
-pub(crate) const ARGUMENTS: u64 = 0x100_0000;
-pub(crate) const LIST: u64 = 0x200_0000;
 /// Bytes of a vCPU's arguments, and where in them the part begins that a step takes away.
 const PER_VCPU: u64 = 8 * 4096;
 const EDGE: u64 = 4 * 4096;
@@ -87,7 +84,7 @@ struct Runner {
 /// Runs one case of a vector; what is wrong, with the step that showed it.
 pub(crate) fn run(script: &Script, vector: &Vector, case: Case) -> Outcome {
     let runner = Rc::new(Runner {
-        rig: Rig::new(script.table, vector, case),
+        rig: Rig::new(script.table, vector, case)?,
         case,
         names: RefCell::default(),
         places: Cell::new(0),

@@ -196,6 +196,7 @@ fn holds(text: &str) -> Result<Where, String> {
             "32" => holds.narrow = true,
             "64" => holds.narrow = false,
             "HEAD" => holds.references.push(Reference::Head),
+            "4.20" => holds.references.push(Reference::V4_20),
             "4.17" => holds.references.push(Reference::V4_17),
             _ => {
                 let (key, value) = word.split_once('=').unwrap_or((word, ""));
@@ -213,7 +214,9 @@ fn holds(text: &str) -> Result<Where, String> {
         holds.versions.extend([1, 2]);
     }
     if holds.references.is_empty() {
-        holds.references.extend([Reference::Head, Reference::V4_17]);
+        holds
+            .references
+            .extend([Reference::Head, Reference::V4_20, Reference::V4_17]);
     }
     Ok(holds)
 }
