@@ -55,7 +55,7 @@ fn header(kind: u32, len: u32) -> Vec<u8> {
 
 #[test]
 fn a_giant_length_costs_the_connection_and_nobody_else_anything() {
-    for len in [4097, u32::MAX] {
+    for len in [4097, 1 << 30, (1 << 31) - 1, 1 << 31, u32::MAX] {
         let (server, mut stream) = with_guest();
         let mut other = raw(&server, D5);
         stream.write_all(&header(Kind::Read.code(), len)).unwrap();

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -158,7 +159,7 @@ impl Queue {
         let (stopped, ended) = (stop.clone(), ended.clone());
         let run = move || {
             if let Err(error) = work(&stopped) {
-                eprintln!("gnttab: backend: a queue has ended: {error}");
+                complain(&error);
             }
             ended.ring();
         };
@@ -181,6 +182,22 @@ impl Drop for Queue {
             // A thread that panicked has said so itself.
             let _ = thread.join();
         }
+    }
+}
+
+/// What a frontend can make this domain say, in all.
+const MOST_COMPLAINTS: u32 = 20;
+
+/// Says that a queue has ended before its time. A hostile frontend may come back with a broken ring as often as it likes.
+fn complain(error: &RoleError) {
+    static SAID: AtomicU32 = AtomicU32::new(0);
+    let said = SAID.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |said| {
+        (said < MOST_COMPLAINTS).then_some(said + 1)
+    });
+    match said {
+        Ok(said) if said + 1 < MOST_COMPLAINTS => eprintln!("gnttab: backend: a queue has ended: {error}"),
+        Ok(_) => eprintln!("gnttab: backend: a queue has ended: {error}; the next ones will not be told"),
+        Err(_) => {}
     }
 }
 
@@ -250,7 +267,6 @@ fn serve<G: Grantee>(
 mod tests {
     use std::os::fd::{BorrowedFd, OwnedFd};
     use std::sync::Mutex;
-    use std::sync::atomic::{AtomicU32, Ordering};
     use std::sync::mpsc;
     use std::time::Duration;
 
