@@ -6,7 +6,7 @@ use gnttab_abi::{EntryFlags, GrantHandle, GrantRef, GrantStatus, MapGrantRef};
 use gnttab_engine::Hook;
 use gnttab_engine::machine::{C, G, Request, Scene};
 
-use crate::stage::{BOTH, DEV_RO, HIGH, LOW, RO, RW, Stage};
+use crate::stage::{BOTH, DEV_RO, LOW, RO, RW, Stage};
 
 /// XSA-218: two calls that take the two halves of one mapping give its handle back once, whichever
 /// of them goes on first.
@@ -41,18 +41,31 @@ fn xsa_218_the_two_halves_of_a_mapping_free_one_handle() {
 fn xsa_218_a_handle_that_was_given_out_again_is_not_the_old_mapping() {
     let one_page = |limits: &mut gnttab_engine::Limits| limits.maptrack_frames = Some(1);
     let stage = Stage::new(Scene::pv().limits(C, one_page));
-    stage.grant(G, HIGH, C, stage.frame2, EntryFlags::empty());
-    let (at, other) = (stage.place(0), stage.place(1));
+    let at = stage.place(0);
     let old = stage.mapped(0, LOW, 0, RW);
-    // The first unmap has edited the record; before it flushes, the handle is another mapping's.
-    let slow = stage.stop(Hook::UnmapPass1, move |stage| stage.unmap_on(0, old, at, 0));
-    let new = stage.mapped(1, HIGH, 1, RO);
-    assert_eq!(new, old, "the handle is used again");
+    // The first unmap has edited the record; before it is over, the handle is another mapping's: that
+    // of whoever takes all handles that are free.
+    let slow = stage.stop(Hook::UnmapFlushed, move |stage| stage.unmap_on(0, old, at, 0));
+    let mut live = Vec::new();
+    for n in 0..255_u32 {
+        let gref = GrantRef(30 + n / 100);
+        stage.grant(G, gref, C, stage.frame2, EntryFlags::empty());
+        let item = stage.map_on((C, 1), (G, gref), stage.place(1 + u64::from(n)), RO);
+        assert_eq!(item.status, GrantStatus::OKAY, "mapping {n}");
+        live.push((item.handle, stage.place(1 + u64::from(n))));
+    }
+    assert!(
+        live.iter().any(|(handle, _)| *handle == old),
+        "the handle is used again"
+    );
     assert_eq!(stage.unmap_on(1, old, at, 0), GrantStatus::GENERAL_ERROR);
     assert_eq!(slow.go(), GrantStatus::OKAY);
     assert_eq!(stage.pins(G, LOW), [0; 4]);
-    assert_eq!(stage.pins(G, HIGH), [0, 1, 0, 0], "the new mapping stands");
-    assert_eq!(stage.unmap_on(0, new, other, 0), GrantStatus::OKAY);
+    let counts = [30, 31, 32].map(|gref| stage.pins(G, GrantRef(gref))[1]);
+    assert_eq!(counts, [100, 100, 55], "the new mappings stand");
+    for (handle, place) in live {
+        assert_eq!(stage.unmap_on(0, handle, place, 0), GrantStatus::OKAY);
+    }
     stage.finish();
 }
 
