@@ -53,9 +53,11 @@ pub mod machine;
 mod map;
 mod maptrack;
 mod memory_op;
-#[cfg(all(test, loom))]
+#[cfg(loom)]
+#[cfg(test)]
 mod models;
 mod observe;
+mod pages;
 mod presence;
 mod registry;
 mod segments;

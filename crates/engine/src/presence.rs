@@ -14,7 +14,7 @@
 
 use alloc::boxed::Box;
 
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, full_barrier, spin_loop};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, full_barrier, gate_opened, spin_loop};
 
 /// A processor's slot, on a cache line of its own.
 #[repr(align(64))]
@@ -136,5 +136,6 @@ impl Gate {
 
     pub(crate) fn open(&self) {
         self.0.store(0, Ordering::SeqCst);
+        gate_opened();
     }
 }

@@ -27,16 +27,21 @@ use crate::engine::Engine;
 use crate::hypervisor::Hypervisor;
 use crate::presence::{Presence, Slot};
 use crate::segments::Segments;
-use crate::sync::{AtomicPtr, Mutex, Ordering, spin_loop};
+use crate::sync::{AtomicPtr, Knock, Mutex, Ordering};
 
 /// What a processor inside a domain's table writes into its slot.
 fn tag(id: DomId) -> u32 {
     u32::from(id.0) + 1
 }
 
+/// Places in the first segment of the list, and one more than the highest number. Few for the model
+/// checker.
+const FIRST_PLACES: usize = if cfg!(loom) { 4 } else { 64 };
+const NUMBERS: u16 = if cfg!(loom) { 4 } else { DomId::FIRST_RESERVED.0 };
+
 /// See the module.
 pub(crate) struct Registry<H: Hypervisor> {
-    domains: Segments<AtomicPtr<Domain<H>>, 64, 10>,
+    domains: Segments<AtomicPtr<Domain<H>>, FIRST_PLACES, 10>,
     presence: Presence,
     /// Serialises insertion and removal.
     changing: Mutex<()>,
@@ -118,7 +123,7 @@ impl<H: Hypervisor> Registry<H> {
 
     /// The numbers of all domains, in order.
     pub(crate) fn ids(&self) -> impl Iterator<Item = DomId> + '_ {
-        (0..DomId::FIRST_RESERVED.0).map(DomId).filter(|id| {
+        (0..NUMBERS).map(DomId).filter(|id| {
             let place = self.domains.get(usize::from(id.0));
             place.is_some_and(|place| !place.load(Ordering::Acquire).is_null())
         })
@@ -135,6 +140,7 @@ impl<H: Hypervisor> Registry<H> {
         let place = self
             .domains
             .get(below(id.0.into(), DomId::FIRST_RESERVED.0.into())?)?;
+        let mut knock = Knock::first();
         loop {
             slot.announce(tag(id));
             let found = place.load(Ordering::SeqCst);
@@ -150,7 +156,7 @@ impl<H: Hypervisor> Registry<H> {
                 return Some(Inside { slot, domain });
             }
             slot.leave();
-            spin_loop();
+            knock = knock.wait();
         }
     }
 

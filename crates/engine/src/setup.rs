@@ -3,11 +3,12 @@
 
 use alloc::sync::Arc;
 
-use gnttab_abi::{ADD_TO_PHYSMAP_STATUS_BIT, DomId, Errno, Gfn, GrantStatus, Mfn, Op, status_pages_for};
+use gnttab_abi::{ADD_TO_PHYSMAP_STATUS_BIT, DomId, Errno, Gfn, GrantStatus, Mfn, Op};
 
 use crate::domain::{Domain, Vcpu, Version};
 use crate::engine::Processor;
 use crate::hypervisor::{DomainKind, Hook, Hypervisor};
+use crate::pages::status_pages_for;
 
 /// Sizes of a table, as query_size reports them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,9 +8,12 @@
 //! 4. An index is checked against the page before it becomes an address, and masked, so that a
 //!    mispredicted check reaches no other memory either.
 
-#![expect(
-    unsafe_code,
-    reason = "the one place where shared memory is turned into atomics"
+#![cfg_attr(
+    not(loom),
+    expect(
+        unsafe_code,
+        reason = "the one place where shared memory is turned into atomics"
+    )
 )]
 
 #[cfg(not(loom))]
@@ -20,6 +23,8 @@ use core::cell::UnsafeCell;
 use gnttab_abi::PAGE_SIZE;
 use gnttab_abi::{EntryFlags, EntryHead, EntryV1, EntryV2};
 
+#[cfg(loom)]
+use crate::pages::{STATUS_PER_PAGE, V1_ENTRIES_PER_PAGE, V2_ENTRIES_PER_PAGE};
 use crate::sync::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 /// One page that a guest shares, as atomic words.
@@ -37,13 +42,31 @@ use crate::sync::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 #[repr(C, align(4096))]
 pub struct PageWords(UnsafeCell<[u8; PAGE_SIZE]>);
 
-/// The first words of a page, each width by itself, for the model checker, whose atomics are no
-/// plain memory. The models use no word by two widths.
+/// The first words of a page, for the model checker, whose atomics are no plain memory. A 64-bit access
+/// is two of 32 bits there: whatever can come of one can come of two. Frames of version 2 entries and
+/// status words lie apart: nobody touches them by another width.
 #[cfg(loom)]
 pub struct PageWords {
-    words16: [AtomicU16; 4],
-    words32: [AtomicU32; 8],
-    words64: [AtomicU64; 4],
+    words16: [AtomicU16; STATUS_PER_PAGE as usize],
+    words32: [AtomicU32; V1_ENTRIES_PER_PAGE as usize * V1_HEAD_WORDS],
+    frames: [AtomicU64; V2_ENTRIES_PER_PAGE as usize],
+}
+
+/// See [`PageWords`].
+#[cfg(loom)]
+struct Halves<'a>(&'a AtomicU32, &'a AtomicU32);
+
+#[cfg(loom)]
+impl Halves<'_> {
+    fn load(&self, order: Ordering) -> u64 {
+        u64::from(self.0.load(order)) | u64::from(self.1.load(order)) << 32
+    }
+
+    fn store(&self, value: u64, order: Ordering) {
+        let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+        self.0.store(u32::from_le_bytes([a, b, c, d]), order);
+        self.1.store(u32::from_le_bytes([e, f, g, h]), order);
+    }
 }
 
 #[cfg(loom)]
@@ -54,7 +77,7 @@ impl PageWords {
         PageWords {
             words16: core::array::from_fn(|_| AtomicU16::new(0)),
             words32: core::array::from_fn(|_| AtomicU32::new(0)),
-            words64: core::array::from_fn(|_| AtomicU64::new(0)),
+            frames: core::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
 
@@ -66,11 +89,25 @@ impl PageWords {
         &self.words32[index]
     }
 
-    fn u64(&self, index: usize) -> &AtomicU64 {
-        &self.words64[index]
+    fn u64(&self, index: usize) -> Halves<'_> {
+        Halves(self.u32(index * 2), self.u32(index * 2 + 1))
     }
 
-    pub(crate) fn clear(&self) {}
+    pub(crate) fn v2_frame(&self, slot: usize) -> &AtomicU64 {
+        &self.frames[slot]
+    }
+
+    pub(crate) fn clear(&self) {
+        for word in &self.words32 {
+            word.store(0, Ordering::Relaxed);
+        }
+        for word in &self.words16 {
+            word.store(0, Ordering::Relaxed);
+        }
+        for word in &self.frames {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
 }
 
 // SAFETY: every access to the bytes goes through atomics or through `copy`, whose contract allows
@@ -109,6 +146,11 @@ impl PageWords {
         let index = index & (PAGE_SIZE / 8 - 1);
         // SAFETY: as for u16, aligned for u64.
         unsafe { &*self.as_ptr().cast::<AtomicU64>().wrapping_add(index) }
+    }
+
+    /// The frame of version 2 entry `slot`: the upper half of its 16 bytes.
+    fn v2_frame(&self, slot: usize) -> &AtomicU64 {
+        self.u64(slot * 2 + 1)
     }
 
     /// Reads `N` bytes at `offset`, byte by byte; `None` past the end of the page. For argument
@@ -319,11 +361,11 @@ impl<'a> SharedV2<'a> {
 
     /// The frame, in one 64-bit load.
     pub(crate) fn load_frame(&self) -> u64 {
-        self.page.u64(self.slot * 2 + 1).load(Ordering::Relaxed)
+        self.page.v2_frame(self.slot).load(Ordering::Relaxed)
     }
 
     pub(crate) fn store_frame(&self, frame: u64) {
-        self.page.u64(self.slot * 2 + 1).store(frame, Ordering::Relaxed);
+        self.page.v2_frame(self.slot).store(frame, Ordering::Relaxed);
     }
 
     /// Offset and length of a sub-page grant, or far domain and padding of a transitive one: one

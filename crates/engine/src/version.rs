@@ -5,13 +5,12 @@
 //! reserved ones in use; memory; going back, no copy that depends on version 2, reserved entries
 //! that fit, status frames that nobody holds.
 
-use gnttab_abi::{
-    DomId, EntryFlags, EntryHead, EntryType, EntryV1, EntryV2, Errno, GrantRef, NR_RESERVED_ENTRIES, Op,
-};
+use gnttab_abi::{DomId, EntryFlags, EntryHead, EntryType, EntryV1, EntryV2, Errno, GrantRef, Op};
 
 use crate::domain::{Domain, Vcpu, Version};
 use crate::engine::Processor;
 use crate::hypervisor::{Hook, Hypervisor};
+use crate::pages::NR_RESERVED_ENTRIES;
 use crate::sync::Ordering;
 use crate::table::SharedEntry;
 

@@ -11,7 +11,8 @@
 //!    nothing more will come.
 //! 4. No loop here is as long as a peer likes: after [`ATTEMPTS`] the entry counts as in use.
 //!
-//! `tests/loom.rs` compiles this very file with loom's atomics.
+//! `tests/loom.rs` compiles this very file with loom's atomics; so do the models of the engine, against the
+//! engine itself.
 
 use gnttab_abi::{DomId, EntryFlags, EntryHead};
 
