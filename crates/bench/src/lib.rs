@@ -31,8 +31,10 @@ mod duo;
 pub mod flat;
 mod limits;
 mod mapping;
+pub mod memory;
 mod report;
 mod sampler;
+mod scale;
 mod scene;
 
 use std::time::Duration;
@@ -47,6 +49,8 @@ pub struct Options {
     pub filter: Option<String>,
     /// Time for the rounds of one case.
     pub budget: Duration,
+    /// How many domains the curve of scale goes up to.
+    pub domains: u16,
 }
 
 impl Default for Options {
@@ -54,6 +58,7 @@ impl Default for Options {
         Options {
             filter: None,
             budget: Duration::from_millis(120),
+            domains: 4000,
         }
     }
 }
@@ -64,6 +69,7 @@ impl Options {
     pub fn quick() -> Options {
         Options {
             budget: Duration::from_millis(12),
+            domains: 100,
             ..Options::default()
         }
     }
@@ -76,5 +82,6 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&Figure)) -> Report {
     mapping::run(&mut sampler);
     copying::run(&mut sampler);
     control::run(&mut sampler);
+    scale::run(&mut sampler, options.domains);
     sampler.into_report()
 }

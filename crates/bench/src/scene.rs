@@ -32,6 +32,9 @@ const ACTOR_PAGES: u64 = LOCAL_PAGE + LOCALS as u64;
 /// Actors that a scene has room for.
 const ACTORS: u64 = 4;
 
+/// The first frame that is no actor's.
+pub(crate) const FIRST_FRAME: u64 = ACTORS * ACTOR_PAGES;
+
 /// Items for which an actor's argument pages have room.
 pub(crate) const SLOTS: u32 = 256;
 
@@ -166,7 +169,7 @@ impl<'m> Scene<'m> {
 
     /// The frame that a pair's granter grants by its `index`th reference.
     pub(crate) fn frame(&self, pair: u16, index: u32) -> u64 {
-        ACTORS * ACTOR_PAGES + u64::from(pair) * u64::from(self.plan.grants) + u64::from(index)
+        FIRST_FRAME + u64::from(pair) * u64::from(self.plan.grants) + u64::from(index)
     }
 
     /// The `index`th reference.
