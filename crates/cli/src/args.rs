@@ -10,7 +10,9 @@ use crate::machine::Name;
 
 mod at_rest;
 
-pub(crate) use at_rest::{AtRest, Completions, Decode, DecodeAs, Explain, ExplainAs, Man, Plan, RingAbi};
+pub(crate) use at_rest::{
+    AtRest, Completions, Decode, DecodeAs, Explain, ExplainAs, GrantOne, Man, MapOne, Plan, RingAbi, Shell,
+};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())
@@ -26,6 +28,7 @@ Examples:
   gnttab dump d1                         a domain's grant table, decoded
   gnttab bench --quick                   what grant operations cost on this machine
   gnttab decode frames.bin               a grant table from a dump or a core, and what is wrong with it
+  gnttab shell                           grant, map, copy and end by hand
   gnttab plan machine.toml               the grant frames and the maptrack that domains will need
   gnttab explain -3                      what a status, a flag word or an operation means
 
@@ -188,6 +191,10 @@ pub(crate) struct Run {
     /// Print a machine file to start from.
     #[arg(long, exclusive = true)]
     pub(crate) example: bool,
+    /// Let programs of this user join as domains, `gnttab shell`, `grant` and `map` among them. They are not isolated
+    /// from their user, and get of others what is granted to them.
+    #[arg(long)]
+    pub(crate) join: bool,
     /// Print what happens as JSON: one object a line.
     #[arg(long)]
     pub(crate) json: bool,
@@ -305,7 +312,7 @@ fn parse_number(text: &str) -> Result<u64, String> {
 }
 
 /// A grant reference: hexadecimal with `0x`, else decimal.
-fn parse_reference(text: &str) -> Result<u32, String> {
+pub(crate) fn parse_reference(text: &str) -> Result<u32, String> {
     let parsed = parse_number(text)
         .ok()
         .and_then(|number| u32::try_from(number).ok());

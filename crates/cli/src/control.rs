@@ -17,6 +17,8 @@ use crate::place;
 
 /// How the sockets' names end.
 const ENDING: &str = "control";
+/// How those end at which programs join.
+pub(crate) const JOIN_ENDING: &str = "join";
 
 /// Opens the control socket of a machine called `name`.
 pub(crate) fn open(name: &str, monitor: Arc<Monitor>) -> Result<Control, Failure> {
@@ -33,6 +35,15 @@ pub(crate) fn open(name: &str, monitor: Arc<Monitor>) -> Result<Control, Failure
             _ => failure.next("set XDG_RUNTIME_DIR to a folder of yours with a short path"),
         }
     })
+}
+
+/// Lets programs of this user join a machine called `name`: where.
+pub(crate) fn let_join(name: &str, monitor: &Monitor) -> Result<PathBuf, Failure> {
+    let path = place::folder()?.join(format!("{name}.{JOIN_ENDING}"));
+    monitor
+        .listen(&path)
+        .map_err(|error| Failure::new(format!("{}: {error}", path.display())))?;
+    Ok(path)
 }
 
 /// A caller of the machine whose control socket was named, or else of the only one that this user runs.
@@ -102,7 +113,7 @@ fn living(folder: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// The socket of the one machine that this user runs.
-fn only_one() -> Result<PathBuf, Failure> {
+pub(crate) fn only_one() -> Result<PathBuf, Failure> {
     let folder = place::folder()?;
     let alive =
         living(&folder).map_err(|error| Failure::new(format!("folder {}: {error}", folder.display())))?;

@@ -17,6 +17,7 @@ mod dump;
 mod explain;
 mod failure;
 mod file;
+mod hand;
 mod image;
 mod image_disk;
 mod live;
@@ -30,6 +31,7 @@ mod queue_device;
 mod roles;
 mod run;
 mod session;
+mod shell;
 mod store;
 #[expect(
     unsafe_code,
@@ -59,6 +61,9 @@ fn main() -> ExitCode {
         Command::AtRest(AtRest::Decode(decode)) => decode::main(&decode),
         Command::AtRest(AtRest::Explain(explain)) => explain::main(&explain),
         Command::AtRest(AtRest::Plan(plan)) => plan::main(&plan),
+        Command::AtRest(AtRest::Shell(shell)) => shell::main(&shell),
+        Command::AtRest(AtRest::Grant(grant)) => hand::grant(&grant),
+        Command::AtRest(AtRest::Map(map)) => hand::map(&map),
         Command::AtRest(AtRest::Completions(completions)) => manual::completions(&completions),
         Command::AtRest(AtRest::Man(man)) => manual::main(&man),
     };

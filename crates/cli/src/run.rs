@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use toml::Spanned;
 
 use crate::args::Run;
+use crate::control;
 use crate::failure::Failure;
 use crate::image::Image;
 use crate::live::Stop;
@@ -42,10 +43,10 @@ pub(crate) fn main(args: &Run) -> Result<(), Failure> {
     let name = path
         .file_stem()
         .map_or_else(|| "machine".into(), |stem| stem.to_string_lossy().into_owned());
-    run(&name, &machine, talk)
+    run(&name, &machine, args.join, talk)
 }
 
-fn run(name: &str, machine: &Machine, talk: Talk) -> Result<(), Failure> {
+fn run(name: &str, machine: &Machine, join: bool, talk: Talk) -> Result<(), Failure> {
     let stop = Stop::new()?;
     let domains = machine
         .domains
@@ -71,6 +72,13 @@ fn run(name: &str, machine: &Machine, talk: Talk) -> Result<(), Failure> {
     let has_programs = programs > 0;
     let started = Instant::now();
     let mut session = Session::start(name, domains, disks)?;
+    if join {
+        let path = control::let_join(name, session.monitor())?;
+        talk.tell(
+            json!({ "event": "joinable", "address": path }),
+            &format!("programs may join at {}", path.display()),
+        );
+    }
     for domain in session.infos() {
         let pid = domain.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
         talk.tell(

@@ -41,6 +41,9 @@ fn help_starts_with_examples() {
         &["decode", "--help"],
         &["explain", "--help"],
         &["plan", "--help"],
+        &["shell", "--help"],
+        &["grant", "--help"],
+        &["map", "--help"],
         &["completions", "--help"],
         &["man", "--help"],
     ] {

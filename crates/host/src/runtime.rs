@@ -296,6 +296,11 @@ impl Domain {
         self.channel.is_connected()
     }
 
+    /// Leaves the machine at once, as death does: the monitor takes everything back, and calls fail from now on.
+    pub fn leave(&self) {
+        self.channel.hang_up();
+    }
+
     /// What hangs up when the monitor does, to poll.
     #[must_use]
     pub fn hang_up(&self) -> impl AsFd + '_ {

@@ -12,6 +12,9 @@ pub(crate) enum AtRest {
     Decode(Box<Decode>),
     Explain(Explain),
     Plan(Plan),
+    Shell(Shell),
+    Grant(GrantOne),
+    Map(MapOne),
     Completions(Completions),
     Man(Man),
 }
@@ -23,6 +26,9 @@ impl AtRest {
             AtRest::Decode(_) => "decode",
             AtRest::Explain(_) => "explain",
             AtRest::Plan(_) => "plan",
+            AtRest::Shell(_) => "shell",
+            AtRest::Grant(_) => "grant",
+            AtRest::Map(_) => "map",
             AtRest::Completions(_) => "completions",
             AtRest::Man(_) => "man",
         }
@@ -34,6 +40,9 @@ impl AtRest {
             AtRest::Decode(decode) => decode.json,
             AtRest::Explain(explain) => explain.json,
             AtRest::Plan(plan) => plan.json,
+            AtRest::Shell(shell) => shell.json,
+            AtRest::Grant(grant) => grant.json,
+            AtRest::Map(map) => map.json,
             AtRest::Completions(_) | AtRest::Man(_) => false,
         }
     }
@@ -184,6 +193,95 @@ pub(crate) struct Plan {
     #[arg(long, exclusive = true)]
     pub(crate) example: bool,
     /// Print it as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Grant, map, read, write, copy, unmap, end, transfer by hand, between domains that do what they are told.
+///
+/// Each step shows the entry's words before and after. The domains are in memory, or join a machine that was started with
+/// `gnttab run --join`. At a terminal there are history and completion; a script says the same, a line a step.
+#[derive(Debug, Args)]
+#[command(before_help = "\
+Examples:
+  gnttab shell                                      two domains in memory: d1 and d2
+  echo 'd1 grant d2' | gnttab shell                 a script on standard input
+  gnttab shell --script order.txt --json
+  gnttab shell --running                            domains that join the machine that runs")]
+pub(crate) struct Shell {
+    /// Do what is in this file, and end.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) script: Option<PathBuf>,
+    /// How many domains there are to begin with.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(0..=16))]
+    pub(crate) domains: u16,
+    /// Join a running machine, started with `gnttab run --join`.
+    #[arg(long)]
+    pub(crate) running: bool,
+    /// Its control socket [default: the only one there is].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+    /// Print each step as JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Join a running machine, grant a page, print domain and reference, and wait to be told to end access.
+///
+/// The machine is one of `gnttab run --join`. With `gnttab map` in another terminal every order of release can be tried:
+/// Enter ends access, `quit` dies at once. Access that a peer still has is pending until it lets go.
+#[derive(Debug, Args)]
+#[command(before_help = "\
+Examples:
+  gnttab grant d4                                   prints, say: d3 0x8
+  gnttab grant app --read --text 'hello'")]
+pub(crate) struct GrantOne {
+    /// To whom: 5, d5, or a name; one that does not exist yet may join later.
+    pub(crate) to: super::DomainRef,
+    /// For reading alone.
+    #[arg(long)]
+    pub(crate) read: bool,
+    /// What to write into the page first.
+    #[arg(long)]
+    pub(crate) text: Option<String>,
+    /// What the domain that joins is called.
+    #[arg(long, default_value = "granter")]
+    pub(crate) name: String,
+    /// The running machine's control socket [default: the only one there is].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+    /// Print what happens as JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Join a running machine, map a page that was granted, and wait to be told to unmap.
+///
+/// The other half of `gnttab grant`. Without a domain and a reference it prints its own number, for the granter to
+/// name, and asks for them on standard input.
+#[derive(Debug, Args)]
+#[command(before_help = "\
+Examples:
+  gnttab map                                        prints, say: d4, and asks what to map
+  gnttab map d3 0x8
+  gnttab map d3 0x8 --read")]
+pub(crate) struct MapOne {
+    /// Who granted it: 5, d5, or a name.
+    #[arg(requires = "reference")]
+    pub(crate) of: Option<super::DomainRef>,
+    /// The reference (0x12 or 18).
+    #[arg(value_parser = parse_reference)]
+    pub(crate) reference: Option<u32>,
+    /// For reading alone: what a read-only grant needs.
+    #[arg(long)]
+    pub(crate) read: bool,
+    /// What the domain that joins is called.
+    #[arg(long, default_value = "grantee")]
+    pub(crate) name: String,
+    /// The running machine's control socket [default: the only one there is].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+    /// Print what happens as JSON, one object a line.
     #[arg(long)]
     pub(crate) json: bool,
 }

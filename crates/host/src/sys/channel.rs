@@ -168,6 +168,12 @@ impl Channel {
         )
     }
 
+    /// Closes both ways for both sides, whoever holds a descriptor of this end.
+    pub fn hang_up(&self) {
+        // A peer that has gone already has hung up first.
+        let _ = net::shutdown(&self.socket, net::Shutdown::Both);
+    }
+
     /// Receives one message with the descriptors it carries. Waits for it if `wait` says so.
     ///
     /// # Errors
