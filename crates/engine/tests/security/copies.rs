@@ -188,6 +188,55 @@ fn xsa_226_an_entry_that_changes_under_a_copy() {
     }
 }
 
+/// XSA-226: an entry in use through one far grant is made to lead to another: a further copy does not
+/// hide behind the first one's use, and each far grant gets its own pins back.
+#[test]
+fn xsa_226_a_use_of_one_far_grant_is_none_of_another() {
+    for (first, second) in [(false, false), (true, false), (true, true)] {
+        let stage = prepare(Kind::Far, HIGH);
+        let other = stage.guest(T, |guest| guest.add_page()).unwrap();
+        for (page, byte) in [(stage.far, 0x11), (other, 0x22), (stage.local[1], 0x44)] {
+            stage.fill(page, byte);
+        }
+        stage.grant(T, GrantRef(11), G, other, NONE);
+        let one = stage.stop(Hook::CopyMapped, move |stage| stage.copy_grant(0, HIGH, first));
+        stage.pass_on_to((G, HIGH), C, (T, GrantRef(11)), NONE);
+        let status = stage.counted(8, || stage.copy_grant(1, HIGH, second));
+        assert_eq!(status, GrantStatus::GENERAL_ERROR, "{first} {second}");
+        assert_eq!(stage.bytes(other), [0x22; 8]);
+        assert_eq!(one.go(), GrantStatus::OKAY);
+        for (id, gref) in [(G, HIGH), (T, GrantRef(9)), (T, GrantRef(11))] {
+            assert_eq!(
+                (stage.pins(id, gref), stage.marks(id, gref)),
+                ([0; 4], NONE),
+                "{id} {gref}"
+            );
+        }
+        assert_eq!(stage.set_version(G, 1), Ok(()));
+        stage.finish();
+    }
+}
+
+/// XSA-226, PIN-7: an attempt to write that is given up takes its own mark back, though somebody else
+/// has begun to read meanwhile.
+#[test]
+fn xsa_226_an_attempt_given_up_takes_its_mark_back() {
+    let stage = prepare(Kind::Far, HIGH);
+    let reader = Arc::new(std::sync::Mutex::new(None));
+    let slot = Arc::clone(&reader);
+    stage.meanwhile(Hook::CopyBack, move |stage| {
+        let inside = stage.stop(Hook::CopyMapped, |stage| stage.copy_grant(1, HIGH, false));
+        *slot.lock().unwrap() = Some(inside);
+        stage.pass_on(HIGH, EntryFlags::READONLY);
+    });
+    assert_eq!(stage.copy_grant(0, HIGH, true), GrantStatus::GENERAL_ERROR);
+    assert_eq!(stage.marks(G, HIGH), EntryFlags::READING, "the reader's");
+    let reader = reader.lock().unwrap().take().expect("it began to read");
+    assert_eq!(reader.go(), GrantStatus::OKAY);
+    assert_eq!((stage.pins(G, HIGH), stage.marks(G, HIGH)), ([0; 4], NONE));
+    stage.finish();
+}
+
 /// XSA-226: an entry that never keeps still costs a bounded number of tries and a constant depth.
 #[test]
 fn xsa_226_an_entry_that_never_keeps_still_is_given_up_on() {

@@ -40,6 +40,14 @@ fn n_01_flags_and_grantee_are_read_as_one() {
             });
             let item = stage.map_on((C, 0), (G, LOW), stage.place(0), RW);
             assert_eq!(item.status, GrantStatus::GENERAL_ERROR, "{version:?} {hook:?}");
+            // What was judged is C's, what is marked is T's.
+            stage.machine.hooks().clear();
+            stage.grant(G, LOW, C, stage.frame, EntryFlags::READONLY);
+            stage.meanwhile(*hook, |stage| stage.grant(G, LOW, T, stage.frame, NONE));
+            let item = stage.map_on((C, 0), (G, LOW), stage.place(0), RO);
+            assert_eq!(item.status, GrantStatus::GENERAL_ERROR, "{version:?} {hook:?}");
+            let words = stage.entry(G, LOW);
+            assert_eq!((words.domid(), words.flags()), (T, EntryFlags::PERMIT_ACCESS));
             stage.finish();
         }
     }

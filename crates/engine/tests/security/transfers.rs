@@ -272,6 +272,12 @@ fn xsa_385_the_receivers_allowance_is_exact() {
         let stage = Stage::pv();
         let now = stage.guest(G, |guest| guest.pages());
         stage.guest(G, |guest| guest.set_max_pages(now + room));
+        // A slot that does not take it: the place that was kept for it is given back.
+        for _ in 0..2 {
+            let mfn = stage.guest(C, |guest| guest.add_page()).unwrap().mfn;
+            assert_eq!(stage.transfer_as(C, mfn, G, HIGH), GrantStatus::GENERAL_ERROR);
+            assert_eq!(stage.guest(G, |guest| guest.pages()), now);
+        }
         for n in 0..4 {
             let slot = GrantRef(20 + u32::try_from(n).unwrap());
             stage.accept(G, slot, C, 0x55);

@@ -289,6 +289,7 @@ fn xsa_379_a_frame_ends_at_one_place() {
         let first = stage.stop(Hook::PlaceFrame, move |stage| place(stage, 0, STATUS, x));
         let second = stage.spawn(move |stage| place(stage, 1, STATUS, y));
         let_run(&second);
+        assert!(!second.is_finished(), "one at a time");
         assert_eq!(first.go(), Ok(()));
         assert_eq!(second.join().unwrap(), Ok(()));
         let found = places(&stage, mfn);
