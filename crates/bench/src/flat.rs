@@ -53,28 +53,58 @@ const NOBODY: u32 = u32::MAX;
 /// What the hypervisor knows of a frame: as large as Xen's record.
 #[repr(align(32))]
 struct Frame {
-    /// References; 0: on its way out, or free.
-    count: AtomicU32,
-    /// Writable types.
-    writable: AtomicU32,
+    /// References in the low half, of which 0 means on its way out, or free; writable types in the
+    /// high half, of which the top bit means in use as something else. One word, so that both can be
+    /// had, and dropped, in one step.
+    uses: AtomicU64,
     /// The owner's number, or [`NOBODY`].
     owner: AtomicU32,
 }
+
+const REFERENCE: u64 = 1;
+const REFERENCES: u64 = 0xFFFF_FFFF;
+const TYPE: u64 = 1 << 32;
+const OTHER_TYPE: u64 = 1 << 63;
 
 impl Frame {
     /// One more reference, if there is one already.
     #[inline]
     fn get(&self) -> bool {
-        if self.count.fetch_add(1, Ordering::Acquire) == 0 {
-            self.count.fetch_sub(1, Ordering::Relaxed);
+        if self.uses.fetch_add(REFERENCE, Ordering::Acquire) & REFERENCES == 0 {
+            self.uses.fetch_sub(REFERENCE, Ordering::Relaxed);
             return false;
         }
         true
     }
 
     #[inline]
-    fn put(&self) {
-        if self.count.fetch_sub(1, Ordering::Release) == 1 {
+    fn get_type(&self) -> bool {
+        if self.uses.fetch_add(TYPE, Ordering::Acquire) & OTHER_TYPE != 0 {
+            self.uses.fetch_sub(TYPE, Ordering::Relaxed);
+            return false;
+        }
+        true
+    }
+
+    /// Both; `None` is neither, false the reference alone.
+    #[inline]
+    fn get_both(&self) -> Option<bool> {
+        let before = self.uses.fetch_add(REFERENCE + TYPE, Ordering::Acquire);
+        if before & REFERENCES != 0 && before & OTHER_TYPE == 0 {
+            return Some(true);
+        }
+        self.uses.fetch_sub(TYPE, Ordering::Relaxed);
+        if before & REFERENCES == 0 {
+            self.uses.fetch_sub(REFERENCE, Ordering::Relaxed);
+            return None;
+        }
+        Some(false)
+    }
+
+    /// Drops a reference, and whatever else is in `uses` of it.
+    #[inline]
+    fn put(&self, uses: u64) {
+        if self.uses.fetch_sub(uses, Ordering::Release) & REFERENCES == 1 {
             self.release();
         }
     }
@@ -149,8 +179,7 @@ impl<'m> Flat<'m> {
     #[must_use]
     pub fn new(memory: &'m Memory) -> Flat<'m> {
         let frame = |_| Frame {
-            count: AtomicU32::new(0),
-            writable: AtomicU32::new(0),
+            uses: AtomicU64::new(0),
             owner: AtomicU32::new(NOBODY),
         };
         Flat {
@@ -168,7 +197,7 @@ impl<'m> Flat<'m> {
     pub fn give(&self, mfn: u64, to: DomId) {
         let frame = self.frame(Mfn(mfn)).expect("a frame of the machine");
         frame.owner.store(u32::from(to.0), Ordering::Relaxed);
-        frame.count.store(1, Ordering::Release);
+        frame.uses.store(REFERENCE, Ordering::Release);
     }
 
     #[inline]
@@ -189,13 +218,33 @@ impl<'m> Hypervisor for Flat<'m> {
             return Err(ResolveError::BadPage);
         }
         if frame.owner.load(Ordering::Relaxed) != u32::from(domain.id.0) {
-            frame.put();
+            frame.put(REFERENCE);
             return Err(ResolveError::BadPage);
         }
         Ok(Resolved {
             mfn,
             owner: FrameOwner::Domain(domain.id),
         })
+    }
+
+    #[inline]
+    fn resolve_writable(&self, domain: &FlatDomain, gfn: Gfn) -> Result<(Resolved, bool), ResolveError> {
+        let mfn = Mfn(gfn.0);
+        let frame = self.frame(mfn).ok_or(ResolveError::BadPage)?;
+        let typed = frame.get_both().ok_or(ResolveError::BadPage)?;
+        if frame.owner.load(Ordering::Relaxed) != u32::from(domain.id.0) {
+            frame.put(if typed { REFERENCE + TYPE } else { REFERENCE });
+            return Err(ResolveError::BadPage);
+        }
+        let owner = FrameOwner::Domain(domain.id);
+        Ok((Resolved { mfn, owner }, typed))
+    }
+
+    #[inline]
+    fn put_writable_frame(&self, mfn: Mfn) {
+        if let Some(frame) = self.frame(mfn) {
+            frame.put(REFERENCE + TYPE);
+        }
     }
 
     #[inline]
@@ -211,27 +260,19 @@ impl<'m> Hypervisor for Flat<'m> {
     #[inline]
     fn put_frame(&self, mfn: Mfn) {
         if let Some(frame) = self.frame(mfn) {
-            frame.put();
+            frame.put(REFERENCE);
         }
     }
 
     #[inline]
     fn get_writable(&self, mfn: Mfn) -> bool {
-        let Some(frame) = self.frame(mfn) else {
-            return false;
-        };
-        // The top bit stands for "in use as something else".
-        if frame.writable.fetch_add(1, Ordering::Acquire) >> 31 != 0 {
-            frame.writable.fetch_sub(1, Ordering::Relaxed);
-            return false;
-        }
-        true
+        self.frame(mfn).is_some_and(Frame::get_type)
     }
 
     #[inline]
     fn put_writable(&self, mfn: Mfn) {
         if let Some(frame) = self.frame(mfn) {
-            frame.writable.fetch_sub(1, Ordering::Release);
+            frame.uses.fetch_sub(TYPE, Ordering::Release);
         }
     }
 
@@ -329,8 +370,8 @@ impl<'m> Hypervisor for Flat<'m> {
             return Err(StealError::BadPage);
         }
         frame
-            .count
-            .compare_exchange(1, 0, Ordering::AcqRel, Ordering::Relaxed)
+            .uses
+            .compare_exchange(REFERENCE, 0, Ordering::AcqRel, Ordering::Relaxed)
             .map_err(|_| StealError::BadPage)?;
         frame.owner.store(NOBODY, Ordering::Release);
         from.pages.fetch_sub(1, Ordering::Relaxed);
@@ -390,7 +431,7 @@ impl<'m> Guest<'m> {
     }
 
     /// Frame and place in it of an access within bounds.
-    #[inline]
+    #[inline(always)]
     fn locate(&self, addr: u64, len: usize) -> Result<(u64, usize), Fault> {
         let end = addr.wrapping_add(len as u64);
         if addr < self.bounds.0 || end > self.bounds.1 || end < addr {
@@ -407,39 +448,47 @@ impl GuestMemory for Guest<'_> {
         addr.checked_add(bytes).is_some_and(|end| end <= self.bounds.1)
     }
 
-    #[inline]
+    #[inline(always)]
     fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
         let (frame, offset) = self.locate(addr, into.len())?;
-        let fault = Fault { addr };
-        let room = PAGE_SIZE - offset;
-        if into.len() > room {
-            let (head, tail) = into.split_at_mut(room);
-            self.read(addr, head)?;
-            return self.read(addr + head.len() as u64, tail);
-        }
-        let page = self.memory.frame(frame).ok_or(fault)?;
-        if page.read(offset, into) {
-            Ok(())
-        } else {
-            Err(fault)
+        match self.memory.frame(frame) {
+            Some(page) if page.read(offset, into) => Ok(()),
+            _ => self.read_across(addr, into),
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), Fault> {
         let (frame, offset) = self.locate(addr, bytes.len())?;
-        let fault = Fault { addr };
-        let room = PAGE_SIZE - offset;
-        if bytes.len() > room {
-            let (head, tail) = bytes.split_at(room);
-            self.write(addr, head)?;
-            return self.write(addr + head.len() as u64, tail);
+        match self.memory.frame(frame) {
+            Some(page) if page.write(offset, bytes) => Ok(()),
+            _ => self.write_across(addr, bytes),
         }
-        let page = self.memory.frame(frame).ok_or(fault)?;
-        if page.write(offset, bytes) {
-            Ok(())
-        } else {
-            Err(fault)
-        }
+    }
+}
+
+impl Guest<'_> {
+    /// A read from two pages.
+    #[cold]
+    fn read_across(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
+        let (frame, offset) = self.locate(addr, into.len())?;
+        let (head, tail) = into
+            .split_at_mut_checked(PAGE_SIZE - offset)
+            .ok_or(Fault { addr })?;
+        let pages = self.memory.frame(frame).zip(self.memory.frame(frame + 1));
+        let (first, second) = pages.ok_or(Fault { addr })?;
+        let done = first.read(offset, head) && second.read(0, tail);
+        if done { Ok(()) } else { Err(Fault { addr }) }
+    }
+
+    /// A write to two pages.
+    #[cold]
+    fn write_across(&self, addr: u64, bytes: &[u8]) -> Result<(), Fault> {
+        let (frame, offset) = self.locate(addr, bytes.len())?;
+        let (head, tail) = bytes.split_at_checked(PAGE_SIZE - offset).ok_or(Fault { addr })?;
+        let pages = self.memory.frame(frame).zip(self.memory.frame(frame + 1));
+        let (first, second) = pages.ok_or(Fault { addr })?;
+        let done = first.write(offset, head) && second.write(0, tail);
+        if done { Ok(()) } else { Err(Fault { addr }) }
     }
 }

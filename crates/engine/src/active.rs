@@ -30,32 +30,23 @@ impl Pins {
     pub(crate) const HOST_WRITE: Pins = Pins(1);
     pub(crate) const HOST_READ: Pins = Pins(1 << 8);
     pub(crate) const DEVICE_WRITE: Pins = Pins(1 << 16);
+    #[cfg(test)]
     pub(crate) const DEVICE_READ: Pins = Pins(1 << 24);
 
     const TOP_BITS: u32 = 0x8080_8080;
     const WRITES: u32 = 0x00FF_00FF;
 
     /// What a mapping with these flags pins (spec 3.3 step 1).
+    #[inline]
     pub(crate) fn of_mapping(flags: MapFlags) -> Pins {
-        let readonly = flags.contains(MapFlags::READONLY);
-        let mut pins = Pins(0);
-        if flags.contains(MapFlags::HOST_MAP) {
-            pins.0 |= if readonly {
-                Self::HOST_READ.0
-            } else {
-                Self::HOST_WRITE.0
-            };
-        }
-        if flags.contains(MapFlags::DEVICE_MAP) {
-            pins.0 |= if readonly {
-                Self::DEVICE_READ.0
-            } else {
-                Self::DEVICE_WRITE.0
-            };
-        }
-        pins
+        let host = u32::from(flags.contains(MapFlags::HOST_MAP)) * Self::HOST_WRITE.0;
+        let device = u32::from(flags.contains(MapFlags::DEVICE_MAP)) * Self::DEVICE_WRITE.0;
+        // The counter of reads lies above that of writes.
+        let above = u32::from(flags.contains(MapFlags::READONLY)) * 8;
+        Pins((host | device) << above)
     }
 
+    #[inline]
     pub(crate) const fn is_empty(self) -> bool {
         self.0 == 0
     }
@@ -94,6 +85,7 @@ impl State {
     const GRANTEE_MASK: u64 = 0x7FFF;
 
     /// The first use of an entry.
+    #[inline]
     pub(crate) fn first(grantee: DomId, kind: UseKind, pins: Pins) -> State {
         let kind = match kind {
             UseKind::Whole => 0,
@@ -107,48 +99,58 @@ impl State {
         clippy::cast_possible_truncation,
         reason = "the counters are the low half of the word"
     )]
+    #[inline]
     pub(crate) const fn pins(self) -> u32 {
         self.0 as u32
     }
 
+    #[inline]
     pub(crate) const fn is_busy(self) -> bool {
         self.0 & Self::BUSY != 0
     }
 
+    #[inline]
     pub(crate) const fn is_pinned(self) -> bool {
         self.pins() != 0
     }
 
+    #[inline]
     pub(crate) const fn is_write_pinned(self) -> bool {
         self.pins() & Pins::WRITES != 0
     }
 
     /// The domain that uses the entry. Meaningful while pinned.
+    #[inline]
     pub(crate) fn grantee(self) -> DomId {
         DomId(u16::try_from(self.0 >> Self::GRANTEE_SHIFT & Self::GRANTEE_MASK).unwrap_or(DomId::INVALID.0))
     }
 
     /// Sub-page or transitive: for copy only.
+    #[inline]
     pub(crate) const fn is_partial(self) -> bool {
         self.0 & Self::PARTIAL != 0
     }
 
     /// The frame is another domain's, through a transitive grant.
+    #[inline]
     pub(crate) const fn is_transitive(self) -> bool {
         self.0 & Self::FAR != 0
     }
 
     /// Whether one of the wanted counters has no room (spec 2.3, overflow rule).
+    #[inline]
     pub(crate) const fn is_full_for(self, wanted: Pins) -> bool {
         // Each wanted counter is 1: shifted to the top of its byte it selects that counter's bit.
         self.pins() & (wanted.0 << 7) & Pins::TOP_BITS != 0
     }
 
+    #[inline]
     fn plus(self, wanted: Pins) -> State {
         State(self.0 + u64::from(wanted.0))
     }
 
     /// With fewer pins; the empty word when none are left.
+    #[inline]
     fn minus(self, pins: Pins) -> State {
         let left = State(self.0 - u64::from(pins.0));
         if left.is_pinned() { left } else { State(0) }
@@ -189,6 +191,7 @@ impl Active {
     }
 
     /// A look at the state that nobody else is in the middle of changing.
+    #[inline]
     pub(crate) fn load(&self) -> State {
         loop {
             let state = State(self.state.load(Ordering::Acquire));
@@ -205,17 +208,20 @@ impl Active {
     }
 
     /// The frame. Stable while the caller, or a mapping it looks at, holds a pin.
+    #[inline]
     pub(crate) fn mfn(&self) -> Mfn {
         Mfn(self.mfn.load(Ordering::Relaxed))
     }
 
     /// Adds pins to a state that allows them (protocol step 1). False: the state has moved.
+    #[inline]
     pub(crate) fn add_pins(&self, seen: State, wanted: Pins) -> bool {
         self.exchange(seen, seen.plus(wanted))
     }
 
     /// Takes the entry for a step that touches the shared entry (protocol step 2). `None`: the
     /// state has moved.
+    #[inline]
     pub(crate) fn claim(&self, seen: State) -> Option<Claim<'_>> {
         // Lazily: a claim that was not had must not be made, for its drop writes.
         self.exchange(seen, State(seen.0 | State::BUSY)).then(|| Claim {
@@ -226,6 +232,7 @@ impl Active {
 
     /// Lowers pins. `touch` is given a state with the pins already lowered when the shared entry
     /// has to be told, and runs with the entry held.
+    #[inline]
     pub(crate) fn drop_pins(&self, pins: Pins, must_tell: impl Fn(State) -> bool, tell: impl FnOnce(State)) {
         loop {
             let seen = self.load();
@@ -242,6 +249,7 @@ impl Active {
         }
     }
 
+    #[inline]
     fn exchange(&self, seen: State, new: State) -> bool {
         self.state
             .compare_exchange(seen.0, new.0, Ordering::AcqRel, Ordering::Relaxed)
@@ -258,12 +266,14 @@ pub(crate) struct Claim<'a> {
 
 impl Claim<'_> {
     /// The first use: the frame becomes known, then the state.
+    #[inline]
     pub(crate) fn publish_first(mut self, mfn: Mfn, state: State) {
         self.entry.mfn.store(mfn.0, Ordering::Relaxed);
         self.result = state;
     }
 
     /// A further use.
+    #[inline]
     pub(crate) fn publish_more(mut self, wanted: Pins) {
         self.result = self.result.plus(wanted);
     }

@@ -240,6 +240,7 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
+    #[inline]
     fn bump(counter: &AtomicU64, by: u64) {
         counter.store(
             counter.load(Ordering::Relaxed).wrapping_add(by),
@@ -247,10 +248,12 @@ impl Counters {
         );
     }
 
+    #[inline]
     pub(crate) fn operation(&self, op: Op) {
         Self::bump(&self.operations[op as usize], 1);
     }
 
+    #[inline]
     pub(crate) fn status(&self, status: GrantStatus) {
         let place = usize::from(status.0.unsigned_abs()).min(self.statuses.len() - 1);
         Self::bump(&self.statuses[place], 1);
@@ -329,30 +332,35 @@ impl<H: Hypervisor> Domain<H> {
 
     /// Its number.
     #[must_use]
+    #[inline]
     pub fn id(&self) -> DomId {
         self.id
     }
 
     /// Its kind.
     #[must_use]
+    #[inline]
     pub fn kind(&self) -> DomainKind {
         self.kind
     }
 
     /// Its limits, defaults filled in.
     #[must_use]
+    #[inline]
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
 
     /// What the hypervisor keeps for it.
     #[must_use]
+    #[inline]
     pub fn private(&self) -> &H::Domain {
         &self.private
     }
 
     /// Whether its death has begun.
     #[must_use]
+    #[inline]
     pub fn is_dying(&self) -> bool {
         self.dying.load(Ordering::Acquire)
     }
@@ -403,6 +411,7 @@ impl<H: Hypervisor> Vcpu<H> {
         &self.domain
     }
 
+    #[inline]
     pub(crate) fn counters(&self) -> &Counters {
         &self.domain.vcpus[self.number].counters
     }

@@ -21,7 +21,7 @@ use crate::copy::Run;
 use crate::domain::{Reference, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{DomainKind, Hypervisor};
-use crate::unmap::{Request, UNMAP_GROUP};
+use crate::unmap::{Removed, Request, UNMAP_GROUP};
 
 /// Guest memory could not be read or written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -180,26 +180,25 @@ impl<M: ?Sized> core::marker::Copy for Args<'_, M> {}
 
 impl<M: GuestMemory + ?Sized> Args<'_, M> {
     /// Where an argument of this size lies.
+    #[inline(always)]
     fn at(self, index: u32, size: usize) -> u64 {
         self.addr.wrapping_add(u64::from(index) * size as u64)
     }
 
-    /// The one read of an argument.
-    #[inline]
-    fn read(self, index: u32, size: usize) -> Result<Raw, Fault> {
-        let mut raw = [0; LARGEST];
-        self.memory.read(self.at(index, size), &mut raw[..size])?;
-        Ok(raw)
+    /// The one read of an argument, into `raw`.
+    #[inline(always)]
+    fn read(self, index: u32, size: usize, raw: &mut Raw) -> Result<(), Fault> {
+        self.memory.read(self.at(index, size), &mut raw[..size])
     }
 
     /// Writes the start of an argument.
-    #[inline]
+    #[inline(always)]
     fn write(self, index: u32, size: usize, bytes: &[u8]) -> Result<(), Fault> {
         self.memory.write(self.at(index, size), bytes)
     }
 
     /// Writes an argument's status, at `offset`.
-    #[inline]
+    #[inline(always)]
     fn write_status(self, index: u32, size: usize, offset: u64, status: GrantStatus) -> Result<(), Fault> {
         let at = self.at(index, size).wrapping_add(offset);
         self.memory.write(at, &status.0.to_le_bytes())
@@ -207,7 +206,7 @@ impl<M: GuestMemory + ?Sized> Args<'_, M> {
 }
 
 /// Between items: whether to stop before this one.
-#[inline]
+#[inline(always)]
 fn yield_before(index: u32, yield_now: &mut (impl FnMut() -> bool + ?Sized)) -> Result<(), Stop> {
     if index > 0 && yield_now() {
         Err(Stop::Yield(index, 0))
@@ -321,7 +320,9 @@ where
 
     /// Reads an argument of this call's operation.
     fn read(&self, index: u32) -> Result<Raw, Fault> {
-        self.args.read(index, self.item_size())
+        let mut raw = [0; LARGEST];
+        self.args.read(index, self.item_size(), &mut raw)?;
+        Ok(raw)
     }
 
     /// Writes the start of an argument.
@@ -339,7 +340,8 @@ where
         let mut visit = self.cpu.visit();
         for index in 0..self.call.count {
             yield_before(index, self.yield_now)?;
-            let mut raw = self.args.read(index, size)?;
+            let mut raw = [0; LARGEST];
+            self.args.read(index, size, &mut raw)?;
             let mut item = decoded(MapGrantRef::decode(self.abi, &raw))?;
             visit.map_item(self.vcpu, &mut item, now);
             item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
@@ -375,11 +377,15 @@ where
         while first < count {
             yield_before(first, self.yield_now)?;
             let group = UNMAP_GROUP_ITEMS.min(count - first);
-            let mut removed = [None; UNMAP_GROUP];
+            let mut room = [None; UNMAP_GROUP];
+            let mut one = [None];
+            // A call for one mapping need not prepare for a group.
+            let removed: &mut [Option<Removed>] = if group == 1 { &mut one } else { &mut room };
             let mut done = Ok(());
-            for (index, removed) in (first..first + group).zip(&mut removed) {
-                let item = args.read(index, size).map_err(Errno::from);
-                done = item.and_then(|raw| decode(&raw)).and_then(|request| {
+            for (index, removed) in (first..first + group).zip(&mut *removed) {
+                let mut raw = [0; LARGEST];
+                let read = args.read(index, size, &mut raw).map_err(Errno::from);
+                done = read.and_then(|()| decode(&raw)).and_then(|request| {
                     let (status, what) = visit.unmap_first(vcpu, op, request);
                     *removed = what;
                     // Both structures have their status at the same place.
@@ -389,7 +395,7 @@ where
                     break;
                 }
             }
-            visit.unmap_second(vcpu, &removed);
+            visit.unmap_second(vcpu, removed);
             done?;
             first += group;
         }
@@ -423,7 +429,9 @@ where
         let mut items = || -> Result<(), Stop> {
             for index in 0..self.call.count {
                 yield_before(index, yield_now)?;
-                let item = decoded(Copy::decode(Abi::X86_64, &args.read(index, size)?))?;
+                let mut raw = [0; LARGEST];
+                args.read(index, size, &mut raw)?;
+                let item = decoded(Copy::decode(Abi::X86_64, &raw))?;
                 let status = visit.copy_item(vcpu, &mut run, &item);
                 args.write_status(index, size, 36, status)?;
             }
@@ -702,6 +710,7 @@ where
 }
 
 /// A structure out of bytes that were read whole, so that it cannot be cut short.
+#[inline(always)]
 fn decoded<T>(item: Result<T, Truncated>) -> Result<T, Errno> {
     item.map_err(|_| Errno::Fault)
 }

@@ -27,7 +27,7 @@ impl<T, const N: usize> Lazy<T, N> {
     }
 
     /// The element, if the piece was made. The index is taken modulo `N`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, index: usize) -> Option<&T> {
         let base = self.0.load(Ordering::Acquire);
         if base.is_null() {
@@ -65,14 +65,9 @@ impl<T, const N: usize> Lazy<T, N> {
         Ok(())
     }
 
-    /// Whether the piece was made.
-    pub(crate) fn is_made(&self) -> bool {
-        !self.0.load(Ordering::Acquire).is_null()
-    }
-
     /// Bytes of memory behind the pointer.
     pub(crate) fn bytes(&self) -> usize {
-        if self.is_made() { N * size_of::<T>() } else { 0 }
+        self.get(0).map_or(0, |_| N * size_of::<T>())
     }
 }
 

@@ -21,6 +21,7 @@ use crate::registry::Visit;
 use crate::table::Entry;
 
 /// The access that flags ask for.
+#[inline]
 pub(crate) fn access_of(flags: MapFlags) -> Access {
     if flags.contains(MapFlags::READONLY) {
         Access::Read
@@ -30,6 +31,7 @@ pub(crate) fn access_of(flags: MapFlags) -> Access {
 }
 
 /// Whether a host mapping takes the writable page type (spec 3.3 step 14c, 4.5).
+#[inline]
 pub(crate) fn takes_type(access: Access, grantee: DomainKind, granter: DomainKind, itself: bool) -> bool {
     access == Access::Write && grantee != DomainKind::Arm && (itself || !granter.is_external())
 }
@@ -94,6 +96,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         vcpu.answer(&self.engine.hv, Op::MapGrantRef, peer, gref, item.status);
     }
 
+    #[inline(always)]
     fn map_one(
         &mut self,
         vcpu: &Vcpu<H>,
@@ -174,6 +177,7 @@ struct Mapping<'a, H: Hypervisor> {
 }
 
 impl<H: Hypervisor> Mapping<'_, H> {
+    #[inline(always)]
     fn make(&self) -> Result<Mfn, GrantStatus> {
         let view = self.granter.table.view();
         // 6
@@ -212,6 +216,7 @@ impl<H: Hypervisor> Mapping<'_, H> {
     }
 
     /// Whether the host mapping takes the writable type of the granter's page.
+    #[inline]
     fn host_needs_type(&self) -> bool {
         let itself = self.granter.id() == self.caller.id();
         let access = access_of(self.item.flags);
@@ -219,12 +224,14 @@ impl<H: Hypervisor> Mapping<'_, H> {
             && takes_type(access, self.caller.kind(), self.granter.kind(), itself)
     }
 
+    #[inline]
     fn needs_type(&self) -> bool {
         let device = self.item.flags.contains(MapFlags::DEVICE_MAP);
         self.host_needs_type() || device && access_of(self.item.flags) == Access::Write
     }
 
     /// Steps 13 to 16: references, types and mappings.
+    #[inline(always)]
     fn install(
         &self,
         entry: &Entry<'_>,
@@ -284,6 +291,7 @@ impl<H: Hypervisor> Mapping<'_, H> {
         Ok(())
     }
 
+    #[inline(always)]
     fn take_type(&self, mfn: Mfn, taken: &mut Taken) -> Result<(), Failed> {
         if let Some(had) = taken.found.take() {
             return if had { Ok(()) } else { Err(Failed) };
@@ -295,6 +303,7 @@ impl<H: Hypervisor> Mapping<'_, H> {
         Ok(())
     }
 
+    #[inline(always)]
     fn map_host(&self, mfn: Mfn, cache: EntryFlags, taken: &mut Taken) -> Result<(), Failed> {
         let mapping = HostMapping {
             addr: self.item.host_addr,
@@ -311,6 +320,7 @@ impl<H: Hypervisor> Mapping<'_, H> {
     }
 
     /// Gives back what was taken; the pins go before the references that they stand for (CPY-6).
+    #[cold]
     fn undo(&self, entry: &Entry<'_>, mfn: Mfn, taken: &Taken) {
         if taken.host {
             let unmapping = HostUnmapping {
@@ -335,6 +345,7 @@ struct Failed;
 
 /// Steps 7 to 10: a share in the entry, and the frame. A first use also holds the reference that
 /// its look-up took.
+#[inline(always)]
 pub(crate) fn pin<H: Hypervisor>(
     hv: &H,
     entry: &Entry<'_>,
@@ -379,6 +390,7 @@ pub(crate) fn pin<H: Hypervisor>(
 }
 
 /// Lowers pins and tells the shared entry if that ends a use (spec 4.3).
+#[inline(always)]
 pub(crate) fn unpin(entry: &Entry<'_>, pins: Pins, ended: Access) {
     entry.active.drop_pins(
         pins,

@@ -21,6 +21,7 @@ use alloc::boxed::Box;
 
 use gnttab_abi::{DomId, GrantHandle, GrantRef, MapFlags};
 
+use crate::bound::below;
 use crate::segments::Segments;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering, spin_loop};
 
@@ -39,11 +40,13 @@ pub(crate) struct Record {
 impl Record {
     const BUSY: u64 = 1 << 63;
 
+    #[inline]
     fn word(self) -> u64 {
         let flags = u64::from(self.flags.bits() & 0x7FFF);
         u64::from(self.gref.0) | u64::from(self.granter.0) << 32 | flags << 48
     }
 
+    #[inline]
     fn from_word(word: u64) -> Option<Record> {
         let [a, b, c, d, e, f, g, h] = word.to_le_bytes();
         let flags = u16::from_le_bytes([g, h]) & 0x7FFF;
@@ -108,6 +111,7 @@ impl Maptrack {
     }
 
     /// Handles that exist so far, live and free.
+    #[inline]
     pub(crate) fn limit(&self) -> u32 {
         self.limit.load(Ordering::Acquire)
     }
@@ -237,14 +241,13 @@ impl Maptrack {
         own.length.store(length.wrapping_add(1), Ordering::Relaxed);
     }
 
+    #[inline]
     fn slot(&self, handle: GrantHandle) -> Option<&Slot> {
-        if handle.0 >= self.limit() {
-            return None;
-        }
-        self.slots.get(handle.0 as usize)
+        self.slots.get(below(handle.0, self.limit())?)
     }
 
     /// Fills the record of an allocated handle; from here on it is live (HND-6: one store).
+    #[inline]
     pub(crate) fn publish(&self, handle: GrantHandle, record: Record, now: u64) {
         if let Some(slot) = self.slot(handle) {
             slot.other.store(now, Ordering::Relaxed);
@@ -253,8 +256,17 @@ impl Maptrack {
     }
 
     /// The record of a live handle.
+    #[inline]
     pub(crate) fn look(&self, handle: GrantHandle) -> Option<Record> {
-        Record::from_word(self.slot(handle)?.word.load(Ordering::Acquire))
+        Some(self.find(handle)?.record)
+    }
+
+    /// A live handle.
+    #[inline]
+    pub(crate) fn find(&self, handle: GrantHandle) -> Option<Live<'_>> {
+        let slot = self.slot(handle)?;
+        let record = Record::from_word(slot.word.load(Ordering::Acquire))?;
+        Some(Live { slot, record })
     }
 
     /// The record of a live handle and when it was made, for observers.
@@ -264,19 +276,14 @@ impl Maptrack {
     }
 
     /// Takes a live record for one unmap, if it still says `expected`.
+    #[cfg(test)]
     pub(crate) fn claim(&self, handle: GrantHandle, expected: Record) -> Option<RecordClaim<'_>> {
         let slot = self.slot(handle)?;
-        let idle = expected.word();
-        loop {
-            match slot
-                .word
-                .compare_exchange(idle, idle | Record::BUSY, Ordering::AcqRel, Ordering::Acquire)
-            {
-                Ok(_) => return Some(RecordClaim { slot, left: expected }),
-                Err(found) if found == idle | Record::BUSY => spin_loop(),
-                Err(_) => return None,
-            }
-        }
+        let live = Live {
+            slot,
+            record: expected,
+        };
+        live.claim()
     }
 
     /// Handles on free lists, for audits while nobody acts.
@@ -306,6 +313,32 @@ impl Maptrack {
     }
 }
 
+/// A handle that was live when it was looked at, and what its record said.
+#[derive(Clone, Copy)]
+pub(crate) struct Live<'a> {
+    slot: &'a Slot,
+    pub(crate) record: Record,
+}
+
+impl<'a> Live<'a> {
+    /// Takes the record for one unmap, if it still says the same.
+    #[inline]
+    pub(crate) fn claim(self) -> Option<RecordClaim<'a>> {
+        let Live { slot, record } = self;
+        let idle = record.word();
+        loop {
+            match slot
+                .word
+                .compare_exchange(idle, idle | Record::BUSY, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => return Some(RecordClaim { slot, left: record }),
+                Err(found) if found == idle | Record::BUSY => spin_loop(),
+                Err(_) => return None,
+            }
+        }
+    }
+}
+
 /// A record held for one unmap. Dropped, it says what is left of the mapping.
 pub(crate) struct RecordClaim<'a> {
     slot: &'a Slot,
@@ -314,11 +347,13 @@ pub(crate) struct RecordClaim<'a> {
 
 impl RecordClaim<'_> {
     /// Takes a kind of mapping out of the record.
+    #[inline]
     pub(crate) fn remove(&mut self, kind: MapFlags) {
         self.left.flags.remove(kind);
     }
 
     /// Whether neither kind is left.
+    #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         !self
             .left

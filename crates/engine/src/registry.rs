@@ -137,6 +137,14 @@ impl<H: Hypervisor> Registry<H> {
     /// Enters the table of a domain through a processor's slot; `None`: no such domain.
     #[inline]
     pub(crate) fn enter<'a>(&'a self, slot: &'a Slot, id: DomId) -> Option<Inside<'a, H>> {
+        let domain = self.find_inside(slot, id)?;
+        Some(Inside { slot, domain })
+    }
+
+    /// As [`Registry::enter`], for the two who wipe the slot when they leave: the domain may be used
+    /// until then.
+    #[inline]
+    fn find_inside<'a>(&'a self, slot: &Slot, id: DomId) -> Option<&'a Domain<H>> {
         let place = self
             .domains
             .get(below(id.0.into(), DomId::FIRST_RESERVED.0.into())?)?;
@@ -149,11 +157,11 @@ impl<H: Hypervisor> Registry<H> {
                 return None;
             }
             // SAFETY: the slot was written before the list was read, so `remove` waits for the
-            // slot before it frees what was found (rule 3). The borrow ends with `Inside`, which
-            // wipes the slot.
+            // slot before it frees what was found (rule 3). `Inside` and `Visit` lend it out for no
+            // longer than until they wipe the slot.
             let domain = unsafe { &*found };
             if domain.table.gate.is_open() {
-                return Some(Inside { slot, domain });
+                return Some(domain);
             }
             slot.leave();
             knock = knock.wait();
@@ -214,7 +222,7 @@ impl<H: Hypervisor> Drop for Inside<'_, H> {
 pub(crate) struct Visit<'a, H: Hypervisor> {
     pub(crate) engine: &'a Engine<H>,
     slot: &'a Slot,
-    inside: Option<Inside<'a, H>>,
+    inside: Option<&'a Domain<H>>,
 }
 
 impl<'a, H: Hypervisor> Visit<'a, H> {
@@ -229,19 +237,25 @@ impl<'a, H: Hypervisor> Visit<'a, H> {
     /// The domain, with the processor inside its table until the next call; `None`: no such domain.
     #[inline]
     pub(crate) fn enter(&mut self, id: DomId) -> Option<&Domain<H>> {
-        let stay = |inside: &Inside<'_, H>| inside.domain.id() == id && inside.domain.table.gate.is_open();
-        if !self.inside.as_ref().is_some_and(stay) {
-            // Left before another is entered: never two at a time (rule 1).
-            self.leave();
-            self.inside = self.engine.registry.enter(self.slot, id);
+        match self.inside {
+            Some(domain) if domain.id() == id && domain.table.gate.is_open() => Some(domain),
+            _ => self.enter_another(id),
         }
-        self.inside.as_deref()
+    }
+
+    fn enter_another(&mut self, id: DomId) -> Option<&Domain<H>> {
+        // Left before another is entered: never two at a time (rule 1).
+        self.leave();
+        self.inside = self.engine.registry.find_inside(self.slot, id);
+        self.inside
     }
 
     /// Leaves the table, if the processor is inside one.
     #[inline]
     pub(crate) fn leave(&mut self) {
-        self.inside = None;
+        if self.inside.take().is_some() {
+            self.slot.leave();
+        }
     }
 
     /// A domain by number with a count of its own, and no table entered.
@@ -251,6 +265,12 @@ impl<'a, H: Hypervisor> Visit<'a, H> {
             .registry
             .enter(self.slot, id)
             .map(|inside| inside.hold())
+    }
+}
+
+impl<H: Hypervisor> Drop for Visit<'_, H> {
+    fn drop(&mut self) {
+        self.leave();
     }
 }
 

@@ -46,6 +46,7 @@ impl<T, const FIRST: usize, const SEGMENTS: usize> Segments<T, FIRST, SEGMENTS> 
     }
 
     /// The segment of an index and the place in it.
+    #[inline(always)]
     const fn locate(index: usize) -> (usize, usize) {
         let shifted = index + FIRST;
         let top = shifted.ilog2();
@@ -54,7 +55,7 @@ impl<T, const FIRST: usize, const SEGMENTS: usize> Segments<T, FIRST, SEGMENTS> 
 
     /// The element, if its segment is there. Whether the index is inside what the owner calls
     /// the array's length is the owner's to check first.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, index: usize) -> Option<&T> {
         let (segment, place) = Self::locate(index);
         let base = self.segments.get(segment)?.load(Ordering::Acquire);

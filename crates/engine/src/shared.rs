@@ -81,10 +81,12 @@ impl PageWords {
         }
     }
 
+    #[inline]
     pub(crate) fn u16(&self, index: usize) -> &AtomicU16 {
         &self.words16[index]
     }
 
+    #[inline]
     pub(crate) fn u32(&self, index: usize) -> &AtomicU32 {
         &self.words32[index]
     }
@@ -93,6 +95,7 @@ impl PageWords {
         Halves(self.u32(index * 2), self.u32(index * 2 + 1))
     }
 
+    #[inline]
     pub(crate) fn v2_frame(&self, slot: usize) -> &AtomicU64 {
         &self.frames[slot]
     }
@@ -129,6 +132,7 @@ impl PageWords {
         self.0.get().cast()
     }
 
+    #[inline]
     fn u16(&self, index: usize) -> &AtomicU16 {
         let index = index & (PAGE_SIZE / 2 - 1);
         // SAFETY: the masked index lies within the page, the page is aligned for u16, it lives as
@@ -136,12 +140,14 @@ impl PageWords {
         unsafe { &*self.as_ptr().cast::<AtomicU16>().wrapping_add(index) }
     }
 
+    #[inline]
     fn u32(&self, index: usize) -> &AtomicU32 {
         let index = index & (PAGE_SIZE / 4 - 1);
         // SAFETY: as for u16, aligned for u32.
         unsafe { &*self.as_ptr().cast::<AtomicU32>().wrapping_add(index) }
     }
 
+    #[inline]
     fn u64(&self, index: usize) -> &AtomicU64 {
         let index = index & (PAGE_SIZE / 8 - 1);
         // SAFETY: as for u16, aligned for u64.
@@ -163,6 +169,7 @@ impl PageWords {
 
     /// Copies bytes out of the page; false, and nothing done, past its end.
     #[must_use]
+    #[inline]
     pub fn read(&self, offset: usize, into: &mut [u8]) -> bool {
         if offset > PAGE_SIZE || into.len() > PAGE_SIZE - offset {
             return false;
@@ -175,6 +182,7 @@ impl PageWords {
 
     /// Copies bytes into the page; false, and nothing done, past its end.
     #[must_use]
+    #[inline]
     pub fn write(&self, offset: usize, bytes: &[u8]) -> bool {
         if offset > PAGE_SIZE || bytes.len() > PAGE_SIZE - offset {
             return false;
@@ -189,6 +197,7 @@ impl PageWords {
     /// range passes the end of its page. Overlapping ranges end as an ascending copy may leave
     /// them. Either side may be written by guests meanwhile: the bytes are data to nobody here.
     #[must_use]
+    #[inline]
     pub fn copy(source: &PageWords, from: u16, dest: &PageWords, to: u16, len: u16) -> bool {
         let (from, to, len) = (usize::from(from), usize::from(to), usize::from(len));
         if from + len > PAGE_SIZE || to + len > PAGE_SIZE {
@@ -232,24 +241,29 @@ pub(crate) struct SharedV1<'a> {
 }
 
 impl<'a> SharedV1<'a> {
+    #[inline]
     pub(crate) fn new(page: &'a PageWords, slot: usize) -> Self {
         SharedV1 { page, slot }
     }
 
+    #[inline]
     fn head(&self) -> &'a AtomicU32 {
         self.page.u32(self.slot * V1_HEAD_WORDS)
     }
 
+    #[inline]
     fn frame_word(&self) -> &'a AtomicU32 {
         self.page.u32(self.slot * V1_HEAD_WORDS + 1)
     }
 
     /// One load of flags and grantee.
+    #[inline]
     pub(crate) fn load_head(&self) -> EntryHead {
         EntryHead::from_word(self.head().load(Ordering::Acquire))
     }
 
     /// Replaces the head if it still is `old`; otherwise what was found.
+    #[inline]
     pub(crate) fn swap_head(&self, old: EntryHead, new: EntryHead) -> Result<(), EntryHead> {
         self.head()
             .compare_exchange(old.word(), new.word(), Ordering::AcqRel, Ordering::Acquire)
@@ -258,6 +272,7 @@ impl<'a> SharedV1<'a> {
     }
 
     /// Clears flags, and nothing else, in one step.
+    #[inline]
     pub(crate) fn clear_flags(&self, flags: EntryFlags) {
         self.head().fetch_and(!u32::from(flags.bits()), Ordering::Release);
     }
@@ -267,6 +282,7 @@ impl<'a> SharedV1<'a> {
         self.head().fetch_or(u32::from(flags.bits()), Ordering::Release);
     }
 
+    #[inline]
     pub(crate) fn load_frame(&self) -> u32 {
         self.frame_word().load(Ordering::Relaxed)
     }
@@ -297,6 +313,7 @@ pub(crate) struct SharedV2<'a> {
 }
 
 impl<'a> SharedV2<'a> {
+    #[inline]
     pub(crate) fn new(
         page: &'a PageWords,
         slot: usize,
@@ -311,21 +328,25 @@ impl<'a> SharedV2<'a> {
         }
     }
 
+    #[inline]
     fn head(&self) -> &'a AtomicU32 {
         self.page.u32(self.slot * V2_HEAD_WORDS)
     }
 
+    #[inline]
     fn status(&self) -> &'a AtomicU16 {
         self.status_page.u16(self.status_slot)
     }
 
     /// One load of flags and grantee.
+    #[inline]
     pub(crate) fn load_head(&self) -> EntryHead {
         EntryHead::from_word(self.head().load(Ordering::Acquire))
     }
 
     /// Marks the status word, then loads the head again, with a full barrier between: either the
     /// granter sees the mark or this sees the granter's change (spec 4.1.2 steps 3 to 5).
+    #[inline]
     pub(crate) fn mark_then_load_head(&self, mark: EntryFlags, between: impl FnOnce()) -> EntryHead {
         self.status().fetch_or(mark.bits(), Ordering::SeqCst);
         fence(Ordering::SeqCst);
@@ -334,6 +355,7 @@ impl<'a> SharedV2<'a> {
     }
 
     /// Clears bits of the status word, and nothing else, in one step.
+    #[inline]
     pub(crate) fn clear_status(&self, flags: EntryFlags) {
         self.status().fetch_and(!flags.bits(), Ordering::Release);
     }
@@ -347,6 +369,7 @@ impl<'a> SharedV2<'a> {
     }
 
     /// Replaces the head if it still is `old`; otherwise what was found.
+    #[inline]
     pub(crate) fn swap_head(&self, old: EntryHead, new: EntryHead) -> Result<(), EntryHead> {
         self.head()
             .compare_exchange(old.word(), new.word(), Ordering::AcqRel, Ordering::Acquire)
@@ -360,6 +383,7 @@ impl<'a> SharedV2<'a> {
     }
 
     /// The frame, in one 64-bit load.
+    #[inline]
     pub(crate) fn load_frame(&self) -> u64 {
         self.page.v2_frame(self.slot).load(Ordering::Relaxed)
     }

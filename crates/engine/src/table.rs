@@ -28,13 +28,28 @@ const PIECE: usize = if cfg!(loom) { 2 } else { 64 };
 const FRAMES_PER_STATUS: u32 = STATUS_PER_PAGE / V2_ENTRIES_PER_PAGE;
 
 /// A frame of the table, and what the engine knows of its entries.
+#[repr(align(64))]
 struct Frame<P> {
     page: Once<P>,
     /// The status page of this frame and the seven behind it, in every eighth frame.
     status: Once<P>,
-    active: [Lazy<Active, PIECE>; V1_ENTRIES_PER_PAGE as usize / PIECE],
-    /// One word for each version 2 entry; see [`Extra`].
-    extra: [Lazy<AtomicU64, PIECE>; V2_ENTRIES_PER_PAGE as usize / PIECE],
+    pieces: [Lazy<Piece, 1>; V1_ENTRIES_PER_PAGE as usize / PIECE],
+}
+
+/// The private state of neighbouring entries.
+struct Piece {
+    active: [Active; PIECE],
+    /// One word for each entry, once one of them needs it; see [`Extra`].
+    extra: Lazy<AtomicU64, PIECE>,
+}
+
+impl Piece {
+    fn new() -> Piece {
+        Piece {
+            active: core::array::from_fn(|_| Active::new()),
+            extra: Lazy::new(),
+        }
+    }
 }
 
 impl<P> Frame<P> {
@@ -42,8 +57,7 @@ impl<P> Frame<P> {
         Frame {
             page: Once::new(),
             status: Once::new(),
-            active: core::array::from_fn(|_| Lazy::new()),
-            extra: core::array::from_fn(|_| Lazy::new()),
+            pieces: core::array::from_fn(|_| Lazy::new()),
         }
     }
 }
@@ -81,6 +95,7 @@ impl<P: AsRef<PageWords>> Table<P> {
         Some(table)
     }
 
+    #[inline]
     pub(crate) fn version(&self) -> Version {
         if self.version.load(Ordering::Acquire) == 2 {
             Version::V2
@@ -104,6 +119,7 @@ impl<P: AsRef<PageWords>> Table<P> {
         self.max_frames
     }
 
+    #[inline]
     pub(crate) fn nr_frames(&self) -> u32 {
         self.nr_frames.load(Ordering::Acquire)
     }
@@ -198,18 +214,20 @@ impl<P: AsRef<PageWords>> Table<P> {
             let Some(frame) = self.frames.get(index as usize) else {
                 return false;
             };
-            (0u32..).step_by(PIECE).zip(&frame.active).any(|(start, piece)| {
+            (0u32..).step_by(PIECE).zip(&frame.pieces).any(|(start, piece)| {
                 let unreserved = |slot: u32| index * per_page + start + slot >= first.0;
-                piece.is_made()
-                    && (0..).zip(0..PIECE).any(|(slot, place)| {
-                        unreserved(slot) && piece.get(place).is_some_and(|e| e.load().is_pinned())
-                    })
+                let mut entries = piece
+                    .get(0)
+                    .into_iter()
+                    .flat_map(|piece| (0..).zip(&piece.active));
+                entries.any(|(slot, active)| unreserved(slot) && active.load().is_pinned())
             })
         })
     }
 
     /// The table as it stands now. Meaningful while the caller is inside (see `registry`), which
     /// keeps the version; frames may be added meanwhile, never taken away.
+    #[inline]
     pub(crate) fn view(&self) -> View<'_, P> {
         let version = self.version();
         View {
@@ -223,9 +241,8 @@ impl<P: AsRef<PageWords>> Table<P> {
     pub(crate) fn bytes(&self) -> usize {
         let frames = (0..self.nr_frames()).filter_map(|index| self.frames.get(index as usize));
         let pieces = |frame: &Frame<P>| {
-            let active: usize = frame.active.iter().map(Lazy::bytes).sum();
-            let extra: usize = frame.extra.iter().map(Lazy::bytes).sum();
-            active + extra
+            let extra = |piece: &Lazy<Piece, 1>| piece.get(0).map_or(0, |piece| piece.extra.bytes());
+            frame.pieces.iter().map(|p| p.bytes() + extra(p)).sum::<usize>()
         };
         self.frames.bytes() + frames.map(pieces).sum::<usize>()
     }
@@ -247,6 +264,7 @@ pub(crate) struct View<'a, P> {
 }
 
 impl<'a, P: AsRef<PageWords>> View<'a, P> {
+    #[inline]
     pub(crate) fn version(&self) -> Version {
         self.version
     }
@@ -257,14 +275,14 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
     }
 
     /// Where a reference's entry is: its frame and its place there; `None` past the table (ENG-1).
-    #[inline]
+    #[inline(always)]
     fn place(&self, gref: GrantRef) -> Option<(usize, usize)> {
         let index = below(gref.0, self.entries)?;
         let per_page = entries_per_page(self.version) as usize;
         Some((index / per_page, index % per_page))
     }
 
-    #[inline]
+    #[inline(always)]
     fn shared_at(&self, frame: &'a Frame<P>, (index, slot): (usize, usize)) -> Option<SharedEntry<'a>> {
         let page = frame.page.get()?.as_ref();
         Some(match self.version {
@@ -287,17 +305,15 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
 
     /// The entry of a reference that is in use, or was; `None` past the table, and for entries that
     /// nobody ever wanted to use.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn entry(&self, gref: GrantRef) -> Option<Entry<'a>> {
         let (index, slot) = self.place(gref)?;
         let frame = self.table.frames.get(index)?;
-        let active = frame.active.get(slot / PIECE)?.get(slot % PIECE)?;
-        let shared = self.shared_at(frame, (index, slot))?;
-        let extra = frame.extra.get(slot / PIECE);
+        let piece = frame.pieces.get(slot / PIECE)?.get(0)?;
         Some(Entry {
-            active,
-            shared,
-            extra: extra.map(|piece| (piece, slot % PIECE)),
+            active: &piece.active[slot % PIECE],
+            shared: self.shared_at(frame, (index, slot))?,
+            extra: Some((&piece.extra, slot % PIECE)),
         })
     }
 
@@ -311,22 +327,24 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
     ///
     /// # Errors
     /// *bad_gntref* past the table; *general_error* if there is no memory for its state.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn entry_to_use(&self, gref: GrantRef) -> Result<Entry<'a>, GrantStatus> {
-        match self.entry(gref) {
-            Some(entry) => Ok(entry),
-            None => self.make_entry(gref),
+        loop {
+            if let Some(entry) = self.entry(gref) {
+                return Ok(entry);
+            }
+            self.make_entry(gref)?;
         }
     }
 
     #[cold]
-    fn make_entry(&self, gref: GrantRef) -> Result<Entry<'a>, GrantStatus> {
+    fn make_entry(&self, gref: GrantRef) -> Result<(), GrantStatus> {
         let (index, slot) = self.place(gref).ok_or(GrantStatus::BAD_GNTREF)?;
         let frame = self.table.frames.get(index).ok_or(GrantStatus::BAD_GNTREF)?;
-        frame.active[slot / PIECE]
-            .get_or_make(0, Active::new)
-            .map_err(|OutOfMemory| GrantStatus::GENERAL_ERROR)?;
-        self.entry(gref).ok_or(GrantStatus::BAD_GNTREF)
+        frame.pieces[slot / PIECE]
+            .get_or_make(0, Piece::new)
+            .map(drop)
+            .map_err(|OutOfMemory| GrantStatus::GENERAL_ERROR)
     }
 }
 
@@ -380,6 +398,7 @@ pub(crate) enum SharedEntry<'a> {
 }
 
 impl SharedEntry<'_> {
+    #[inline]
     pub(crate) fn load_head(&self) -> EntryHead {
         match self {
             SharedEntry::V1(entry) => entry.load_head(),
@@ -388,6 +407,7 @@ impl SharedEntry<'_> {
     }
 
     /// Replaces the head if it still is `old`; otherwise what was found.
+    #[inline]
     pub(crate) fn swap_head(&self, old: EntryHead, new: EntryHead) -> Result<(), EntryHead> {
         match self {
             SharedEntry::V1(entry) => entry.swap_head(old, new),
@@ -396,6 +416,7 @@ impl SharedEntry<'_> {
     }
 
     /// The frame of an ordinary entry, in one load.
+    #[inline]
     pub(crate) fn load_frame(&self) -> u64 {
         match self {
             SharedEntry::V1(entry) => u64::from(entry.load_frame()),

@@ -112,15 +112,17 @@ impl<H: Hypervisor> Visit<'_, H> {
         (status, removed)
     }
 
+    #[inline(always)]
     fn unmap_one(&mut self, vcpu: &Vcpu<H>, request: Request) -> (GrantStatus, Option<Removed>) {
         let engine = self.engine;
         let hv = &engine.hv;
         let caller = &*vcpu.domain;
         let refuse = |status| (status, None);
         // 1, 2
-        let Some(record) = caller.maptrack.look(request.handle) else {
+        let Some(live) = caller.maptrack.find(request.handle) else {
             return refuse(GrantStatus::BAD_HANDLE);
         };
+        let record = live.record;
         // 3, 4
         let Some(granter) = self.enter(record.granter) else {
             hv.crash(caller.private(), "a mapping outlived its granter");
@@ -134,7 +136,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             return refuse(GrantStatus::BAD_HANDLE);
         };
         // 6: from here on this record, and so the entry's frame, is this call's
-        let Some(mut claim) = caller.maptrack.claim(request.handle, record) else {
+        let Some(mut claim) = live.claim() else {
             return refuse(GrantStatus::BAD_HANDLE);
         };
         let mfn = entry.active.mfn();
@@ -212,6 +214,7 @@ impl<H: Hypervisor> Visit<'_, H> {
 
     /// Lowers the pins of what was removed, then drops types and references for the kinds in
     /// `referenced`.
+    #[inline]
     fn give_back(&mut self, kind: DomainKind, caller: DomId, removed: &Removed, referenced: MapFlags) {
         let engine = self.engine;
         let hv = &engine.hv;
@@ -251,10 +254,11 @@ impl<H: Hypervisor> Visit<'_, H> {
         let engine = self.engine;
         let hv = &engine.hv;
         let caller = &*vcpu.domain;
-        let Some(record) = caller.maptrack.look(handle) else {
+        let Some(live) = caller.maptrack.find(handle) else {
             return false;
         };
-        let Some(mut claim) = caller.maptrack.claim(handle, record) else {
+        let record = live.record;
+        let Some(mut claim) = live.claim() else {
             return false;
         };
         let both = MapFlags::HOST_MAP | MapFlags::DEVICE_MAP;

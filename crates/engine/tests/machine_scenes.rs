@@ -659,6 +659,8 @@ mod tests {
             "impl Hypervisor for Machine",
         );
         assert_eq!(wrapper, wanted);
+        // Nobody listens to the machine itself.
+        wanted.retain(|name| *name != "answered");
         assert_eq!(machine, wanted);
     }
 
