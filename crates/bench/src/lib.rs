@@ -27,15 +27,18 @@
 mod control;
 mod copying;
 pub mod counted;
+pub mod diff;
 mod duo;
 pub mod flat;
 mod limits;
 mod mapping;
 pub mod memory;
+pub mod plot;
 mod report;
 mod sampler;
 mod scale;
 mod scene;
+pub mod xen;
 
 use std::time::Duration;
 

@@ -233,6 +233,8 @@ Examples:
   gnttab bench                                      every operation, version, batch and temperature
   gnttab bench pair/v1                              the cases with that in their names
   gnttab bench --quick --json > now.json
+  gnttab bench diff before.json now.json            what has changed, the greatest rise first
+  gnttab bench plot now.json docs/performance       SVG plots, and a table beside Xen's figures
   gnttab bench disk                                 the block path, beside the file and beside qemu-nbd"
 )]
 pub(crate) struct Bench {
@@ -254,6 +256,8 @@ impl Bench {
         match &self.what {
             None => self.json,
             Some(BenchCommand::Disk(disk)) => disk.json,
+            Some(BenchCommand::Diff(diff)) => diff.json,
+            Some(BenchCommand::Plot(_)) => false,
         }
     }
 }
@@ -262,6 +266,8 @@ impl Bench {
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     Disk(BenchDisk),
+    Diff(BenchDiff),
+    Plot(BenchPlot),
 }
 
 /// Measure the block path: domain to domain beside the file itself, and the NBD export beside qemu's.
@@ -275,6 +281,30 @@ pub(crate) struct BenchDisk {
     /// Print one JSON object with a figure for each case.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Compare two runs, case by case, the greatest rise first.
+///
+/// Compared is the cost in units of L, a locked compare-exchange of the same run: a machine that was slower as a whole is no
+/// change.
+#[derive(Debug, Args)]
+pub(crate) struct BenchDiff {
+    /// What `gnttab bench --json` printed then.
+    pub(crate) before: PathBuf,
+    /// And now.
+    pub(crate) after: PathBuf,
+    /// Print one JSON object with a change for each case.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Draw a run: cost by batch, size, thread and scale. Prints a table of it beside Xen's figures.
+#[derive(Debug, Args)]
+pub(crate) struct BenchPlot {
+    /// What `gnttab bench --json` printed.
+    pub(crate) figures: PathBuf,
+    /// The folder for the plots.
+    pub(crate) folder: PathBuf,
 }
 
 /// A domain as people write it.
