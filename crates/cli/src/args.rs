@@ -9,10 +9,12 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use crate::machine::Name;
 
 mod at_rest;
+mod watching;
 
 pub(crate) use at_rest::{
     AtRest, Completions, Decode, DecodeAs, Explain, ExplainAs, GrantOne, Man, MapOne, Plan, RingAbi, Shell,
 };
+pub(crate) use watching::{Doctor, Sort, Top, Watch, Watching};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())
@@ -27,6 +29,9 @@ Examples:
   gnttab run machine.toml                a machine from a file
   gnttab dump d1                         a domain's grant table, decoded
   gnttab bench --quick                   what grant operations cost on this machine
+  gnttab top                             who shares how much with whom, how fast, what is stuck
+  gnttab watch                           what happens, as it happens
+  gnttab doctor                          what is wrong, what is nearly full, what to do
   gnttab decode frames.bin               a grant table from a dump or a core, and what is wrong with it
   gnttab shell                           grant, map, copy and end by hand
   gnttab plan machine.toml               the grant frames and the maptrack that domains will need
@@ -65,6 +70,8 @@ pub(crate) enum Command {
     Dump(Dump),
     Bench(Bench),
     #[command(flatten)]
+    Watching(Watching),
+    #[command(flatten)]
     AtRest(AtRest),
 }
 
@@ -77,6 +84,7 @@ impl Command {
             Command::Run(_) => "run",
             Command::Dump(_) => "dump",
             Command::Bench(_) => "bench",
+            Command::Watching(command) => command.name(),
             Command::AtRest(command) => command.name(),
         }
     }
@@ -89,6 +97,7 @@ impl Command {
             | Command::Run(Run { json, .. })
             | Command::Dump(Dump { json, .. }) => *json,
             Command::Bench(bench) => bench.wants_json(),
+            Command::Watching(command) => command.wants_json(),
             Command::AtRest(command) => command.wants_json(),
         }
     }
@@ -105,11 +114,16 @@ impl Command {
 Examples:
   gnttab demo
   gnttab demo --image disk.img
-  gnttab demo --json | jq .held")]
+  gnttab demo --json | jq .held
+  gnttab demo --trouble                             a machine to try top, doctor and watch on")]
 pub(crate) struct Demo {
     /// Use the first 256 MiB of this image instead of a generated one. The file itself is not changed.
     #[arg(long, value_name = "FILE")]
     pub(crate) image: Option<PathBuf>,
+    /// Instead: four domains with a page that is not given back, a full table, a consumer at its quota and a flood of
+    /// refusals, until SIGINT or SIGTERM. For trying `gnttab top`, `doctor` and `watch`.
+    #[arg(long, conflicts_with = "image")]
+    pub(crate) trouble: bool,
     /// Print the outcome as JSON.
     #[arg(long)]
     pub(crate) json: bool,

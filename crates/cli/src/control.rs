@@ -48,11 +48,15 @@ pub(crate) fn let_join(name: &str, monitor: &Monitor) -> Result<PathBuf, Failure
 
 /// A caller of the machine whose control socket was named, or else of the only one that this user runs.
 pub(crate) fn connect(named: Option<&Path>) -> Result<Client, Failure> {
-    let path = match named {
-        Some(path) => path.to_owned(),
-        None => only_one()?,
-    };
-    Client::connect(&path).map_err(failed)
+    Client::connect(&path(named)?).map_err(failed)
+}
+
+/// The control socket that was named, or else the one of the only machine that this user runs.
+pub(crate) fn path(named: Option<&Path>) -> Result<PathBuf, Failure> {
+    match named {
+        Some(path) => Ok(path.to_owned()),
+        None => only_one(),
+    }
 }
 
 /// Why a machine did not answer, and what to do about it.

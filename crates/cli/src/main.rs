@@ -13,10 +13,12 @@ mod control;
 mod decode;
 mod demo;
 mod disk;
+mod doctor;
 mod dump;
 mod explain;
 mod failure;
 mod file;
+mod findings;
 mod hand;
 mod image;
 mod image_disk;
@@ -27,23 +29,26 @@ mod nbd;
 mod output;
 mod place;
 mod plan;
+mod pulse;
 mod queue_device;
 mod roles;
 mod run;
 mod session;
 mod shell;
 mod store;
+mod top;
 #[expect(
     unsafe_code,
     reason = "addresses of memory that a peer may write go to the kernel as they are"
 )]
 mod vectored;
+mod watch;
 
 use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use crate::args::{AtRest, Cli, Command};
+use crate::args::{AtRest, Cli, Command, Watching};
 
 fn main() -> ExitCode {
     if let Some(code) = gnttab_host::launch::domain_main(roles::ROLES) {
@@ -58,6 +63,9 @@ fn main() -> ExitCode {
         Command::Run(run) => run::main(&run),
         Command::Dump(dump) => dump::main(&dump),
         Command::Bench(bench) => bench::main(&bench),
+        Command::Watching(Watching::Top(top)) => top::main(&top),
+        Command::Watching(Watching::Watch(watch)) => watch::main(&watch),
+        Command::Watching(Watching::Doctor(doctor)) => doctor::main(&doctor),
         Command::AtRest(AtRest::Decode(decode)) => decode::main(&decode),
         Command::AtRest(AtRest::Explain(explain)) => explain::main(&explain),
         Command::AtRest(AtRest::Plan(plan)) => plan::main(&plan),

@@ -1,6 +1,7 @@
 //! `gnttab demo`: a disk served from one domain to another, and a hostile third.
 
 pub(crate) mod report;
+mod trouble;
 pub(crate) mod workload;
 
 use std::fs::File;
@@ -33,6 +34,9 @@ const HOSTILE: u16 = 3;
 
 /// Runs the demo and shows what came of it.
 pub(crate) fn main(args: &Demo) -> Result<(), Failure> {
+    if args.trouble {
+        return trouble::main(args);
+    }
     let started = Instant::now();
     let stop = Stop::new()?;
     let mut talk = Talk::new(args.json);

@@ -6,6 +6,7 @@
 pub(crate) mod backend;
 pub(crate) mod frontend;
 pub(crate) mod hostile;
+pub(crate) mod trouble;
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -32,6 +33,7 @@ use frontend::Frontend;
 pub(crate) const ROLES: &[(&str, Role)] = &[
     (DISKS, |start| end(DISKS, disks(start))),
     (HOSTILE, |start| end(HOSTILE, hostile::run(start))),
+    (TROUBLE, |start| end(TROUBLE, trouble::run(start))),
 ];
 
 /// The role of a domain that serves disks, uses disks, or both.
@@ -39,6 +41,9 @@ pub(crate) const DISKS: &str = "disks";
 
 /// The role of the demo's hostile domain.
 pub(crate) const HOSTILE: &str = "hostile";
+
+/// The role of domains that are in trouble.
+pub(crate) const TROUBLE: &str = "trouble";
 
 /// How often a role looks around when nothing happens, and says what it has done.
 const INTERVAL: Duration = Duration::from_millis(500);

@@ -16,7 +16,7 @@ use super::memory::{Handout, Memory, NotMappable, mfn, parts};
 use super::news::News;
 use super::ports::Ports;
 use super::tables::{TablePage, Tables};
-use crate::protocol::{Notice, NoticeKind, PendingEnd, Report};
+use crate::protocol::{Consumer, Notice, NoticeKind, PendingEnd, Report};
 use crate::sys::{Access, Channel, EventPort, MAX_DESCRIPTORS};
 
 /// The memory numbers that stand for table pages in a machine frame number: above all others.
@@ -102,10 +102,14 @@ impl Guest {
     }
 
     /// Keeps what it says of its own grant table, and tells of the ends of access that it waits for newly.
-    pub(crate) fn hear(&self, report: Report, news: &News) {
+    /// `most` is how many references the table can have.
+    pub(crate) fn hear(&self, report: Report, most: u64, news: &News) {
         let now = Instant::now();
         let mut said = self.said();
-        let before = said.take().map(|said| said.pending_since).unwrap_or_default();
+        let (before, lacked) = match said.take() {
+            Some(said) => (said.pending_since, said.lacks),
+            None => (BTreeMap::new(), Vec::new()),
+        };
         let since = |end: &PendingEnd| {
             let key = (end.gref, end.peer);
             let known = before.get(&key).copied();
@@ -114,8 +118,13 @@ impl Guest {
             }
             (key, known.unwrap_or(now))
         };
+        let lacks = lacks(&report, most);
+        for lack in lacks.iter().filter(|lack| !lacked.contains(lack)) {
+            news.lacking(self.id, lack);
+        }
         *said = Some(Said {
             at: now,
+            lacks,
             pending_since: report.pending.iter().map(since).collect(),
             report,
         });
@@ -152,6 +161,27 @@ pub(crate) struct Said {
     pub(crate) report: Report,
     /// Since when it says so of each end of access.
     pub(crate) pending_since: BTreeMap<(GrantRef, DomId), Instant>,
+    /// What it has run out of, in words.
+    pub(crate) lacks: Vec<String>,
+}
+
+/// What a domain has run out of. A consumer is said to lack references when it was refused some, each time anew.
+fn lacks(report: &Report, most: u64) -> Vec<String> {
+    let full = report.free == 0 && u64::from(report.refs) >= most;
+    let table = full.then(|| {
+        format!(
+            "its grant table is full: all {} references are taken",
+            report.refs
+        )
+    });
+    let refused = report.consumers.iter().filter(|consumer| consumer.refused > 0);
+    let consumers = refused.map(|consumer| {
+        let Consumer {
+            name, quota, refused, ..
+        } = consumer;
+        format!("its consumer {name} may have {quota} references, and was refused more {refused} times")
+    });
+    table.into_iter().chain(consumers).collect()
 }
 
 /// The window of gfns where a domain maps others' pages: what lies where.

@@ -47,7 +47,7 @@ pub enum EventKind {
     Unmapped,
     /// A domain took a grant back, and nobody uses it.
     Ended,
-    /// An operation answered with an error.
+    /// An operation answered with an error; or a domain says that its own table has no reference left for it.
     Refused,
     /// A domain wants a grant back that its peer still uses.
     Pending,
@@ -108,7 +108,7 @@ pub struct EventInfo {
     /// Its status.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<String>,
-    /// Of a death: how.
+    /// Of a death: how. Of a refusal without an operation: what the domain says that it ran out of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
 }
@@ -216,6 +216,15 @@ impl Event {
             operation: None,
             status: None,
             detail: None,
+        }
+    }
+}
+
+impl Event {
+    fn lack(domain: DomId, lack: &str) -> Event {
+        Event {
+            detail: Some(lack.to_owned()),
+            ..Event::new(EventKind::Refused, domain, None, None)
         }
     }
 }
@@ -339,7 +348,22 @@ impl Monitor {
     /// [`BadFilter`].
     pub fn watch(&self, filter: Filter) -> Result<Watch, BadFilter> {
         let wanted = Wanted::new(filter)?;
-        Ok(self.shared.engine.hypervisor().news.watch(wanted))
+        // What is the matter already is told first.
+        let engine = &self.shared.engine;
+        let mut standing = Vec::new();
+        for domain in engine.domains().filter_map(|id| engine.domain(id)) {
+            let guest = domain.private();
+            if let Some(said) = &*guest.said() {
+                let ends = said
+                    .report
+                    .pending
+                    .iter()
+                    .map(|end| Event::new(EventKind::Pending, guest.id, Some(end.peer), Some(end.gref)));
+                standing.extend(ends);
+                standing.extend(said.lacks.iter().map(|lack| Event::lack(guest.id, lack)));
+            }
+        }
+        Ok(engine.hypervisor().news.watch(wanted, &standing))
     }
 }
 
@@ -360,16 +384,18 @@ impl News {
         self.watchers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn watch(&self, wanted: Wanted) -> Watch {
+    fn watch(&self, wanted: Wanted, standing: &[Event]) -> Watch {
         let (sender, receiver) = sync_channel(WATCHER_ROOM);
         let dropped = Arc::default();
-        let mut watchers = self.watchers();
-        watchers.all.push(Watcher {
+        let mut watcher = Watcher {
             wanted,
             sender,
             dropped: Arc::clone(&dropped),
             gone: false,
-        });
+        };
+        standing.iter().for_each(|event| watcher.tell(event));
+        let mut watchers = self.watchers();
+        watchers.all.push(watcher);
         self.watched.store(true, Ordering::Relaxed);
         self.change.notify_all();
         Watch { receiver, dropped }
@@ -418,6 +444,13 @@ impl News {
     pub(crate) fn pending(&self, domain: DomId, peer: DomId, gref: GrantRef) {
         if self.watched.load(Ordering::Relaxed) {
             self.tell(Event::new(EventKind::Pending, domain, Some(peer), Some(gref)));
+        }
+    }
+
+    /// A domain says what it has run out of.
+    pub(crate) fn lacking(&self, domain: DomId, lack: &str) {
+        if self.watched.load(Ordering::Relaxed) {
+            self.tell(Event::lack(domain, lack));
         }
     }
 
@@ -757,7 +790,7 @@ mod tests {
     #[test]
     fn a_watcher_who_does_not_listen_loses_events_and_is_told_how_many() {
         let news = News::new();
-        let watch = news.watch(filter(Filter::default()));
+        let watch = news.watch(filter(Filter::default()), &[]);
         let mut watchers = news.watchers();
         let count = WATCHER_ROOM as u64 + 5;
         for _ in 0..count {
@@ -790,7 +823,7 @@ mod tests {
             0,
             "nobody watches, nothing is told"
         );
-        let _watch = news.watch(filter(Filter::default()));
+        let _watch = news.watch(filter(Filter::default()), &[]);
         for _ in 0..MACHINE_ROOM + 7 {
             news.answered(&answered);
         }

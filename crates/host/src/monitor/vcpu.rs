@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
-use gnttab_abi::{AddToPhysmap, Command, DomId, Errno, Gfn, MEMOP_ADD_TO_PHYSMAP, PHYSMAP_SPACE_GRANT_TABLE};
-use gnttab_engine::{Call, Engine, Fault, GuestMemory, Outcome, Processor, Vcpu};
+use gnttab_abi::{
+    AddToPhysmap, Command, DomId, Errno, Gfn, MEMOP_ADD_TO_PHYSMAP, PHYSMAP_SPACE_GRANT_TABLE,
+    V1_ENTRIES_PER_PAGE, V2_ENTRIES_PER_PAGE,
+};
+use gnttab_engine::{Call, Engine, Fault, GuestMemory, Outcome, Processor, Vcpu, Version};
 
 use super::machine::{Guest, Machine};
 use crate::area::{Request, ServeError, Server};
@@ -143,7 +146,12 @@ fn one(
             let bytes = bytes.get_mut(..len).ok_or(Errno::TooBig)?;
             area.read(first, bytes).map_err(|_| Errno::Fault)?;
             let report = Report::decode(bytes).map_err(|_| Errno::Inval)?;
-            guest.hear(report, &processor.engine().hypervisor().news);
+            let per_frame = match vcpu.domain().version() {
+                Version::V1 => V1_ENTRIES_PER_PAGE,
+                Version::V2 => V2_ENTRIES_PER_PAGE,
+            };
+            let most = u64::from(vcpu.domain().max_grant_frames()) * u64::from(per_frame);
+            guest.hear(report, most, &processor.engine().hypervisor().news);
             Ok(0)
         }
         _ => Err(Errno::NoSys),

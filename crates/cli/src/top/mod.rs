@@ -1,0 +1,97 @@
+//! `gnttab top`: a running machine, looked at again and again.
+//!
+//! [`app`] knows what is shown and what keys do, [`draw`] puts it on a screen, [`batch`] prints it instead. What is shown is
+//! what the control socket said last; between two looks nothing is asked.
+
+mod app;
+mod batch;
+mod draw;
+#[cfg(test)]
+mod tests;
+
+use std::time::{Duration, Instant};
+
+use gnttab_host::control::Client;
+use ratatui::crossterm::event::{self, Event, KeyEventKind};
+
+use crate::args::Top;
+use crate::control;
+use crate::failure::Failure;
+use crate::live::Stop;
+use crate::output;
+use app::{App, Then};
+
+/// How long a signal may wait for somebody to look.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Draws, or prints, until the person has seen enough.
+pub(crate) fn main(args: &Top) -> Result<(), Failure> {
+    let machine = control::connect(args.which.control.as_deref())?;
+    if args.batch {
+        return batch::main(args, machine);
+    }
+    if !output::is_terminal() {
+        return Err(Failure::wrong_use("standard output is no terminal to draw on")
+            .next("print instead: gnttab top --batch"));
+    }
+    let stop = Stop::new()?;
+    let mut terminal = ratatui::try_init().map_err(|error| Failure::new(format!("the terminal: {error}")))?;
+    let outcome = show(args, machine, &mut terminal, &stop);
+    ratatui::restore();
+    outcome
+}
+
+fn show(
+    args: &Top,
+    mut machine: Client,
+    terminal: &mut ratatui::DefaultTerminal,
+    stop: &Stop,
+) -> Result<(), Failure> {
+    let failed = |error: std::io::Error| Failure::new(format!("the terminal: {error}"));
+    let mut app = App::new(args.interval, args.sort, &args.filter, output::colour_on_stdout());
+    let mut next = Instant::now();
+    loop {
+        if next <= Instant::now() {
+            if !app.is_paused() {
+                look(&mut app, &mut machine)?;
+            }
+            next = Instant::now() + app.interval();
+        }
+        terminal
+            .draw(|frame| draw::draw(frame, &mut app))
+            .map_err(failed)?;
+        // Until there is something to draw: a key, another size, another look.
+        loop {
+            if stop.asked_within(Duration::ZERO) {
+                return Ok(());
+            }
+            let patience = next.saturating_duration_since(Instant::now()).min(LOOK);
+            if event::poll(patience).map_err(failed)? {
+                match event::read().map_err(failed)? {
+                    Event::Key(key) if key.kind != KeyEventKind::Release => match app.key(key) {
+                        Then::Leave => return Ok(()),
+                        Then::Look => next = Instant::now(),
+                        Then::Draw => {}
+                    },
+                    Event::Resize(..) => {}
+                    _ => continue,
+                }
+                break;
+            }
+            if next <= Instant::now() {
+                break;
+            }
+        }
+    }
+}
+
+fn look(app: &mut App, machine: &mut Client) -> Result<(), Failure> {
+    let info = machine.machine().map_err(control::failed)?;
+    let domains = machine.domains().map_err(control::failed)?;
+    app.take(Instant::now(), info, domains);
+    if let Some(id) = app.opened() {
+        // It may have gone meanwhile.
+        app.open_table(machine.table(id).ok());
+    }
+    Ok(())
+}
