@@ -85,5 +85,7 @@ pub mod fake;
 pub mod grants;
 pub mod ring;
 pub mod shared;
+mod sync;
 pub mod throttle;
+mod words;
 pub mod xenbus;

@@ -13,6 +13,8 @@
 //! 4. No wake-up is lost: a producer publishes its index *before* it reads the threshold, a consumer sets
 //!    its threshold *before* it looks a last time, with a full barrier in between on both sides.
 //!
+//! `tests/loom.rs` compiles this very file with the checker's atomics.
+//!
 //! ```
 //! use gnttab_io::ring::{BackRing, FrontRing};
 //! use gnttab_io::shared::HeapPages;
@@ -37,11 +39,11 @@
 //! ```
 
 use core::fmt;
-use core::sync::atomic::{Ordering, fence};
 
 use gnttab_abi::PAGE_SIZE;
 
 use crate::shared::SharedPages;
+use crate::sync::{Ordering, fence};
 
 const REQ_PROD: usize = 0;
 const REQ_EVENT: usize = 4;

@@ -24,9 +24,11 @@ use core::cell::UnsafeCell;
 use core::fmt;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU32, Ordering};
 
 use gnttab_abi::PAGE_SIZE;
+
+use crate::sync::AtomicU32;
+use crate::words;
 
 /// What may be done with a page that another domain granted, or was granted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -123,9 +125,9 @@ impl SharedPages {
     /// shared both ways.
     #[must_use]
     pub fn load_u32(&self, offset: usize) -> u32 {
-        let word = self.word(offset).load(Ordering::Acquire);
+        let word = words::load(self.word(offset));
         self.loaded(offset, 4);
-        u32::from_le(word)
+        word
     }
 
     /// Stores the little-endian word at byte `offset` with release ordering.
@@ -133,7 +135,7 @@ impl SharedPages {
     /// # Panics
     /// If the offset is not a multiple of 4 inside the region, or the region is read-only.
     pub fn store_u32(&self, offset: usize, value: u32) {
-        self.word(offset).store(value.to_le(), Ordering::Release);
+        words::store(self.word(offset), value);
     }
 
     /// Copies `into.len()` bytes from byte `offset` into private memory, each byte loaded once.
