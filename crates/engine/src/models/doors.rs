@@ -1,7 +1,7 @@
 //! Whole operations through the typed door, on a machine of two or three domains.
 //!
-//! What a model of one protocol cannot see is how operations put protocols together. These models
-//! are too large for every order; each says how often it lets a thread be made to wait.
+//! What a model of one protocol cannot see is how operations put protocols together. Some of these
+//! models are too large for every order, and say how often they let a thread be made to wait.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -14,8 +14,8 @@ use loom::thread;
 
 use super::granter::{Content, Entry as Granted, OfferOutcome, Outcome};
 use super::house::{Home, House};
-use super::up_to_preemptions;
 use super::watched::Watched;
+use super::{every_order, up_to_preemptions};
 use crate::active::PinCounts;
 use crate::domain::{Config, Domain, Limits, Vcpu, Version};
 use crate::engine::{Engine, Processor};
@@ -236,7 +236,7 @@ fn sessions_of_two_processors() {
 /// pins go once (HND-1, spec 8.2 item 8).
 #[test]
 fn unmap_against_unmap() {
-    up_to_preemptions(3, || {
+    every_order(|| {
         let world = World::new(Version::V1);
         world.grant(G, GREF, C, PAGES[0]);
         let item = mapped(&world, RW);
@@ -264,7 +264,7 @@ fn unmap_against_unmap() {
 #[test]
 fn first_map_against_last_unmap() {
     for version in [Version::V1, Version::V2] {
-        up_to_preemptions(3, move || {
+        every_order(move || {
             let world = World::new(version);
             world.grant(G, GREF, C, PAGES[0]);
             let item = mapped(&world, RW);
@@ -288,7 +288,7 @@ fn first_map_against_last_unmap() {
 #[test]
 fn session_against_end_of_access() {
     for version in [Version::V1, Version::V2] {
-        up_to_preemptions(3, move || {
+        every_order(move || {
             let world = World::new(version);
             world.grant(G, GREF, C, PAGES[0]);
             let other = Arc::clone(&world);
@@ -308,7 +308,7 @@ fn session_against_end_of_access() {
 #[test]
 fn session_against_change_of_version() {
     for (version, wanted) in [(Version::V1, 2), (Version::V2, 1)] {
-        up_to_preemptions(2, move || {
+        up_to_preemptions(3, move || {
             let world = World::new(version);
             world.grant(G, GREF, C, PAGES[0]);
             let other = Arc::clone(&world);
@@ -331,7 +331,7 @@ fn session_against_change_of_version() {
 #[test]
 fn map_against_change_of_version() {
     for (version, wanted) in [(Version::V1, 2), (Version::V2, 1)] {
-        up_to_preemptions(3, move || {
+        every_order(move || {
             let world = World::new(version);
             world.grant(G, GREF, C, PAGES[0]);
             let other = Arc::clone(&world);
@@ -352,7 +352,7 @@ fn map_against_change_of_version() {
 #[test]
 fn unmap_against_change_of_version() {
     for (version, wanted) in [(Version::V1, 2), (Version::V2, 1)] {
-        up_to_preemptions(3, move || {
+        every_order(move || {
             let world = World::new(version);
             world.grant(G, GREF, C, PAGES[0]);
             let item = mapped(&world, RW);
@@ -373,7 +373,7 @@ fn unmap_against_change_of_version() {
 #[test]
 fn growth_against_change_of_version() {
     for (version, wanted) in [(Version::V1, 2), (Version::V2, 1)] {
-        up_to_preemptions(3, move || {
+        every_order(move || {
             let world = World::new(version);
             let other = Arc::clone(&world);
             let thread = thread::spawn(move || {
@@ -396,7 +396,7 @@ fn growth_against_change_of_version() {
 #[test]
 fn map_against_growth() {
     for version in [Version::V1, Version::V2] {
-        up_to_preemptions(3, move || {
+        every_order(move || {
             let world = World::new(version);
             let gref = GrantRef(entries_per_page(version));
             let other = Arc::clone(&world);
@@ -418,7 +418,7 @@ fn map_against_growth() {
 /// found, marks go with nobody, and an entry in use is not moved.
 #[test]
 fn session_against_swap() {
-    up_to_preemptions(2, || {
+    up_to_preemptions(3, || {
         let world = World::new(Version::V1);
         world.grant(G, GREF, C, PAGES[0]);
         world.grant(G, OTHER, T, PAGES[1]);
@@ -453,7 +453,7 @@ fn bury(world: &World, domain: &Dom) -> Retired {
 /// nobody inside its table any more, and nothing of it mapped; it goes with the last use, exactly then.
 #[test]
 fn session_against_death_of_the_granter() {
-    up_to_preemptions(2, || {
+    up_to_preemptions(3, || {
         let world = World::new(Version::V1);
         world.grant(G, GREF, C, PAGES[0]);
         let domain = world.domain(G);
@@ -542,7 +542,7 @@ fn copy(world: &World, number: usize) -> GrantStatus {
 #[test]
 fn copy_against_session() {
     for version in [Version::V1, Version::V2] {
-        up_to_preemptions(2, move || {
+        up_to_preemptions(3, move || {
             let world = World::new(version);
             world.grant(G, GREF, C, PAGES[0]);
             let other = Arc::clone(&world);
@@ -588,7 +588,7 @@ fn copies_through_a_transitive_grant() {
 /// that is another one now.
 #[test]
 fn transitive_copy_against_end_of_access() {
-    up_to_preemptions(3, || {
+    every_order(|| {
         let world = transitive();
         let other = Arc::clone(&world);
         let thread = thread::spawn(move || copy(&other, 0));
@@ -606,7 +606,7 @@ fn transitive_copy_against_end_of_access() {
 /// version 2 (spec 2.4), and the copy is over or never begins afterwards.
 #[test]
 fn transitive_copy_against_change_of_version() {
-    up_to_preemptions(2, || {
+    up_to_preemptions(3, || {
         let world = transitive();
         let other = Arc::clone(&world);
         let thread = thread::spawn(move || copy(&other, 0));
@@ -622,7 +622,7 @@ fn transitive_copy_against_change_of_version() {
 #[test]
 fn transfer_against_end_of_the_offer() {
     for version in [Version::V1, Version::V2] {
-        up_to_preemptions(3, move || {
+        every_order(move || {
             let world = World::new(version);
             let content = Content {
                 flags: EntryFlags::ACCEPT_TRANSFER,
