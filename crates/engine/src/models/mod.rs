@@ -6,8 +6,7 @@
 //! - `handles`, `presence`, `growth`: the list of mappings, being inside a table, arrays that grow.
 //! - `doors`: whole operations through the typed door, on a machine of two domains.
 //!
-//! The first paragraph of a model's comment says what it proves, the one that begins with "Planted"
-//! which faults it was seen to catch. `docs/models.md` repeats both with the figures of a run;
+//! A model's comment says what it proves. `docs/models.md` repeats it with the figures of a run;
 //! `tests/models_listed.rs` holds it to these files. To run them:
 //!
 //! ```text
