@@ -116,7 +116,8 @@ fn n_14_clearing_marks_disturbs_no_neighbour() {
         let stage = Stage::new(Scene::pv().version(G, version));
         for round in 0..16_u16 {
             let handle = stage.mapped(0, LOW, 0, RW);
-            let odd = EntryFlags::PWT | EntryFlags::PAT;
+            let unused = EntryFlags::from_bits_retain(0xA000);
+            let odd = EntryFlags::PWT | EntryFlags::PAT | unused;
             let domid = DomId(0x100 + round);
             // Written by the guest in the middle of the unmap: grantee, cache bits, and type.
             stage.meanwhile(Hook::UnmapFlushed, move |stage| {
@@ -732,6 +733,7 @@ fn n_15_a_refusal_by_policy_holds_nothing() {
         },
         |stage| {
             stage.copy_grant(0, LOW, true);
+            stage.copy_grant(0, LOW, false);
         },
         |stage| {
             stage.transfer_as(C, stage.local[1].mfn, G, HIGH);
