@@ -16,7 +16,7 @@
 //! 3. Memory is freed when its domain is dead and the last reference on any of its frames was dropped.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gnttab_abi::{DomId, Errno, Gfn, Mfn, PAGE_SIZE};
@@ -93,13 +93,43 @@ pub(crate) struct Memory {
     exposure: SealedMemory,
     exposed: Window,
     frames: Box<[Mutex<Frame>]>,
-    /// References that the engine holds on frames.
-    references: AtomicU64,
+    /// Whether it may go.
+    hold: Hold,
     /// Frames that have a file of their own, and how many may.
     shareable: AtomicU64,
     shareable_limit: u64,
-    /// Its domain is dead.
-    retired: AtomicBool,
+}
+
+/// What keeps a memory: its living domain, and the references that the engine holds on frames. One word, so that whoever
+/// takes the last of these away is one, and nobody comes after: the low bit says that the domain is dead, the rest counts.
+#[derive(Debug, Default)]
+struct Hold(AtomicU64);
+
+impl Hold {
+    const RETIRED: u64 = 1;
+    const REFERENCE: u64 = 2;
+
+    /// Takes a reference; false if nothing kept the memory any more.
+    fn take(&self) -> bool {
+        let take = |now| (now != Self::RETIRED).then_some(now + Self::REFERENCE);
+        self.0
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, take)
+            .is_ok()
+    }
+
+    /// Drops a reference; whether nothing keeps the memory any more.
+    fn drop_one(&self) -> bool {
+        self.0.fetch_sub(Self::REFERENCE, Ordering::SeqCst) == Self::RETIRED + Self::REFERENCE
+    }
+
+    /// The domain is dead; whether nothing keeps the memory any more.
+    fn retire(&self) -> bool {
+        self.0.fetch_or(Self::RETIRED, Ordering::SeqCst) == 0
+    }
+
+    fn references(&self) -> u64 {
+        self.0.load(Ordering::SeqCst) / Self::REFERENCE
+    }
 }
 
 impl Memory {
@@ -125,10 +155,9 @@ impl Memory {
             exposure,
             exposed,
             frames,
-            references: AtomicU64::new(0),
+            hold: Hold::default(),
             shareable: AtomicU64::new(0),
             shareable_limit: shareable_limit.into(),
-            retired: AtomicBool::new(false),
         })
     }
 
@@ -165,32 +194,21 @@ impl Memory {
 
     /// Takes a reference on some frame; false once the memory is on its way out.
     pub(crate) fn take_reference(&self) -> bool {
-        self.references.fetch_add(1, Ordering::SeqCst);
-        if self.is_free() {
-            // Nobody else holds one, so this was too late.
-            self.references.fetch_sub(1, Ordering::SeqCst);
-            return false;
-        }
-        true
+        self.hold.take()
     }
 
     /// Drops a reference; whether that was the last one of a dead domain's memory.
     pub(crate) fn drop_reference(&self) -> bool {
-        self.references.fetch_sub(1, Ordering::SeqCst) == 1 && self.retired.load(Ordering::SeqCst)
+        self.hold.drop_one()
     }
 
-    /// Its domain is dead: no page gets a file of its own any more. Whether nobody holds a reference.
+    /// Its domain is dead. Whether nobody holds a reference.
     pub(crate) fn retire(&self) -> bool {
-        self.retired.store(true, Ordering::SeqCst);
-        self.references.load(Ordering::SeqCst) == 0
+        self.hold.retire()
     }
 
     pub(crate) fn references(&self) -> u64 {
-        self.references.load(Ordering::SeqCst)
-    }
-
-    fn is_free(&self) -> bool {
-        self.retired.load(Ordering::SeqCst) && self.references.load(Ordering::SeqCst) <= 1
+        self.hold.references()
     }
 
     // --- content ---------------------------------------------------------------------------------------
@@ -474,8 +492,44 @@ mod tests {
         assert!(memory.take_reference());
         assert!(!memory.drop_reference());
         assert!(!memory.retire());
+        assert!(memory.take_reference(), "while it is there");
+        assert!(!memory.drop_reference());
         assert!(memory.drop_reference(), "that was the last");
         assert!(!memory.take_reference(), "and there is no way back");
-        assert!(memory.retire());
+        assert_eq!(memory.references(), 0);
+        assert!(!memory.retire(), "it goes once");
+    }
+
+    /// Each step is one change of one word, so these orders are all there are: two that take and drop, one that retires. In each
+    /// of them one step lets the memory go, it is the last that kept it, and nobody takes it afterwards.
+    #[test]
+    fn in_every_order_one_lets_the_memory_go() {
+        for order in 0..3_usize.pow(5) {
+            let hold = Hold::default();
+            let (mut held, mut retired, mut gone) = ([None; 2], false, 0);
+            let mut rest = order;
+            for _ in 0..5 {
+                let who = rest % 3;
+                rest /= 3;
+                let kept = held.contains(&Some(true)) || !retired;
+                match held.get_mut(who) {
+                    None if !retired => {
+                        retired = true;
+                        gone += u32::from(hold.retire());
+                    }
+                    Some(step @ None) => {
+                        *step = Some(hold.take());
+                        assert_eq!(*step, Some(kept), "order {order}");
+                    }
+                    Some(step @ Some(true)) => {
+                        *step = Some(false);
+                        gone += u32::from(hold.drop_one());
+                    }
+                    _ => {}
+                }
+                let kept = held.contains(&Some(true)) || !retired;
+                assert_eq!(gone, u32::from(!kept), "order {order}");
+            }
+        }
     }
 }

@@ -42,7 +42,12 @@ const ACTS: [Act; 6] = [
 fn xsa_465_every_order_of_six() {
     for sequence in 0..ACTS.len().pow(6) {
         let domain = FakeDomain::new();
-        let new = || FrontendQueue::new(Auditor::new(domain.granter()), FrontendConfig::new(Abi::X86_64));
+        // Pages for less than what it is asked, so that something always waits to be sent.
+        let config = FrontendConfig {
+            max_pages: 3,
+            ..FrontendConfig::new(Abi::X86_64)
+        };
+        let new = || FrontendQueue::new(Auditor::new(domain.granter()), config);
         let mut queue = new();
         let mut backend: Option<HostileBackend> = None;
         let mut rest = sequence;
