@@ -164,7 +164,7 @@ impl EngineWorld {
         for page in (0..PAGES).chain(OTHER_PAGES..OTHER_PAGES + PAGES) {
             world.reset_page(page);
         }
-        world.reset_spares();
+        world.reset_spares(u64::MAX);
         world.refresh();
         world
     }
@@ -452,15 +452,17 @@ impl World for EngineWorld {
         frame.map_or(0, |frame| frame.physical.0)
     }
 
-    fn reset_spares(&mut self) {
+    fn reset_spares(&mut self, gone: u64) {
         for spare in 0..SPARES {
-            let (owner, wanted) = (self.owner(spare), spare >= SPARES / 2);
+            let wanted = spare >= SPARES / 2;
+            let is_gone = gone & 1 << spare != 0;
+            let owner = if is_gone { None } else { self.owner(spare) };
             if owner == Some(wanted) {
                 continue;
             }
             if let Some(owner) = owner {
-                let gone = self.spares[index(spare)];
-                self.table_of(owner).private().give_up(gone);
+                let old = self.spares[index(spare)];
+                self.table_of(owner).private().give_up(old);
             }
             let new = Mfn(self.next_spare);
             self.next_spare += 1;

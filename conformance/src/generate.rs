@@ -7,8 +7,9 @@
 use fastrand::Rng;
 use gnttab_abi::{CopyFlags, MapFlags, Op};
 use gnttab_conformance::script::{
-    AREA_PAGES, CallHead, Head, LIST, NO_HANDLE, OTHER_PAGES, OTHER_TABLE, PAGES, Place, SLOTS, SLOTS_TABLE,
-    STATUS, Step, TABLE, Value, fields,
+    AREA_PAGES, CallHead, Head, LIST, NO_HANDLE, OTHER, OTHER_ARGUMENTS, OTHER_LIST, OTHER_PAGES,
+    OTHER_SLOTS_TABLE, OTHER_STATUS, OTHER_TABLE, PAGES, Place, SLOTS, SLOTS_TABLE, SPARE, SPARES, STATUS,
+    Step, TABLE, Value, fields,
 };
 
 const SELF: u64 = 0x7FF0;
@@ -29,11 +30,16 @@ const AREA_BYTES: u32 = 4096 * AREA_PAGES as u32;
 pub(crate) struct Generator<'r> {
     rng: &'r mut Rng,
     steps: Vec<Step>,
-    version: u32,
+    /// The other domain makes the step's call.
+    acting: bool,
+    /// Versions of the caller's table and of the other domain's.
+    version: [u32; 2],
     /// What may be granted: by the other domain, and the reference.
     granted: Vec<(bool, u32)>,
-    /// What was mapped: flags, slot.
-    mapped: Vec<(u32, u64)>,
+    /// Where a page may be transferred to: the other domain's table, and the reference.
+    offered: Vec<(bool, u32)>,
+    /// What the caller mapped, and the other domain: flags, slot.
+    mapped: [Vec<(u32, u64)>; 2],
     max_frames: u32,
     /// Tables of either kind may be granted, and nothing is copied out of grants: frame numbers
     /// stand in them.
@@ -53,14 +59,20 @@ pub(crate) fn program(rng: &mut Rng, max_frames: u32, kills: u32) -> Vec<Step> {
         tables,
         killed: false,
         steps: Vec::new(),
-        version: 1,
+        acting: false,
+        version: [1; 2],
         granted: Vec::new(),
-        mapped: Vec::new(),
+        offered: Vec::new(),
+        mapped: [Vec::new(), Vec::new()],
         max_frames,
     };
-    if generator.one_in(3) {
-        generator.set_version(2);
+    for other in [false, true] {
+        generator.acting = other;
+        if generator.one_in(3) {
+            generator.set_version(2);
+        }
     }
+    generator.acting = false;
     for _ in 0..generator.rng.u32(1..5) {
         generator.grant();
     }
@@ -98,29 +110,38 @@ impl Generator<'_> {
     }
 
     fn step(&mut self) {
+        self.acting = !self.killed && self.one_in(5);
         match self.rng.u32(0..100) {
             0..16 => self.grant(),
             16..22 => self.change_entry(),
-            22..44 => self.map(),
-            44..58 => self.unmap(),
-            58..61 => self.replace(),
-            61..65 => self.set_pte(),
-            65..70 => self.touch(),
-            70..82 => self.copy(),
-            82..85 => self.swap(),
-            85..88 => {
+            22..43 => self.map(),
+            43..57 => self.unmap(),
+            57..60 => self.replace(),
+            60..64 => self.set_pte(),
+            64..68 => self.touch(),
+            68..80 => self.copy(),
+            80..83 => self.swap(),
+            83..86 => {
                 let version = self.pick(&[1, 2, 2, 1, 2, 1, 0, 3]);
                 self.set_version(version);
             }
-            88..90 => self.get_version(),
-            90..92 => self.query_size(),
-            92..94 => self.setup_table(),
-            94..96 => self.get_status_frames(),
-            96..97 => self.cache_flush(),
-            97..98 => self.transfer(),
+            86..88 => self.get_version(),
+            88..90 => self.query_size(),
+            90..92 => self.setup_table(),
+            92..94 => self.get_status_frames(),
+            94..95 => self.cache_flush(),
+            95..98 => self.transfer(),
             98..99 => self.raw(),
             _ => self.odd_state(),
         }
+        if self.one_in(400) {
+            self.thousands();
+        }
+    }
+
+    /// The version of a table, as far as the picture goes.
+    fn version_of(&self, other: bool) -> u32 {
+        self.version[usize::from(other)]
     }
 
     // --- the table ------------------------------------------------------------------------------
@@ -153,22 +174,37 @@ impl Generator<'_> {
         if self.one_in(2) { page } else { OTHER_PAGES + page }
     }
 
-    fn any_frame(&mut self) -> Value {
+    /// A page of the one domain's or the other's.
+    fn page_of(&mut self, other: bool) -> Value {
+        let page = self.rng.u64(0..PAGES);
+        Value::Page(if other { OTHER_PAGES + page } else { page })
+    }
+
+    /// A frame that a domain might call its own.
+    fn any_frame(&mut self, other: bool) -> Value {
+        let [slots_table, table, status] = if other {
+            [OTHER_SLOTS_TABLE, OTHER_TABLE, OTHER_STATUS]
+        } else {
+            [SLOTS_TABLE, TABLE, STATUS]
+        };
         match self.rng.u32(0..24) {
-            0 if self.tables => Value::Page(SLOTS_TABLE),
-            1 if self.tables => Value::Page(TABLE),
+            0 if self.tables => Value::Page(slots_table),
+            1 if self.tables => Value::Page(table),
             2 => lit(self.rng.choice(BAD_FRAMES).unwrap_or(BAD_FRAMES[0])),
-            3 if self.version == 2 && self.tables => Value::Page(STATUS),
-            4 => Value::Page(OTHER_PAGES),
-            _ => Value::Page(self.rng.u64(0..PAGES)),
+            3 if self.version_of(other) == 2 && self.tables => Value::Page(status),
+            4 => self.page_of(!other),
+            5 => Value::Page(SPARE + self.rng.u64(0..SPARES)),
+            _ => self.page_of(other),
         }
     }
 
-    fn entry_domid(&mut self) -> u64 {
-        if self.one_in(16) {
-            self.pick(&[1, 2, 77, SELF, 0x7FF2, 0xFFFF])
-        } else {
-            0
+    /// Whom an entry names: the caller mostly, or the other domain.
+    fn entry_domid(&mut self, other: bool) -> u64 {
+        match self.rng.u32(0..32) {
+            0 | 1 => self.pick(&[2, 77, SELF, 0x7FF2, 0xFFFF]),
+            2..8 => u64::from(OTHER),
+            8..18 if !other => u64::from(OTHER),
+            _ => 0,
         }
     }
 
@@ -184,20 +220,10 @@ impl Generator<'_> {
         }
     }
 
-    fn store_other(&mut self, offset: u32, size: u8, value: Value) {
+    fn store(&mut self, other: bool, offset: u32, size: u8, value: Value) {
+        let version = if self.version_of(other) == 2 { 2 } else { 1 };
         self.push(Head::Entry {
-            other: true,
-            version: 1,
-            offset,
-            size,
-            value,
-        });
-    }
-
-    fn store(&mut self, offset: u32, size: u8, value: Value) {
-        let version = if self.version == 2 { 2 } else { 1 };
-        self.push(Head::Entry {
-            other: false,
+            other,
             version,
             offset,
             size,
@@ -205,45 +231,23 @@ impl Generator<'_> {
         });
     }
 
-    /// A frame for an entry of the other domain's.
-    fn other_frame(&mut self) -> Value {
-        match self.rng.u32(0..24) {
-            0 if self.tables => Value::Page(OTHER_TABLE),
-            0 | 1 => self.any_frame(),
-            _ => Value::Page(OTHER_PAGES + self.rng.u64(0..PAGES)),
-        }
-    }
-
-    fn grant_other(&mut self) {
-        let gref = self.any_ref() % 1025;
-        let (domid, frame, flags) = (self.entry_domid(), self.other_frame(), self.entry_flags());
-        self.granted.push((true, gref));
-        self.store_other(gref * 8 + 4, 4, frame);
-        self.store_other(gref * 8, 4, lit(flags | domid << 16));
-    }
-
-    fn change_other_entry(&mut self) {
-        let gref = self.granted_ref() % 1025;
-        let flags = self.entry_flags();
-        match self.rng.u32(0..4) {
-            0 => {
-                let frame = self.other_frame();
-                self.store_other(gref * 8 + 4, 4, frame);
-            }
-            1 => self.store_other(gref * 8 + 2, 2, lit(1_u64)),
-            _ => self.store_other(gref * 8, 2, lit(flags)),
+    /// Bytes of an entry, and where its frame is and how wide.
+    fn entry_layout(&self, other: bool) -> (u32, u32, u8) {
+        if self.version_of(other) == 2 {
+            (16, 8, 8)
+        } else {
+            (8, 4, 4)
         }
     }
 
     fn grant(&mut self) {
-        if self.one_in(2) {
-            return self.grant_other();
-        }
+        let other = self.one_in(2);
         let gref = self.any_ref() % 1025;
-        let (domid, frame, mut flags) = (self.entry_domid(), self.any_frame(), self.entry_flags());
-        self.granted.push((false, gref));
-        if self.version == 2 {
-            let mut part = 0;
+        let (domid, frame, mut flags) = (self.entry_domid(other), self.any_frame(other), self.entry_flags());
+        let (size, at, bytes) = self.entry_layout(other);
+        self.granted.push((other, gref));
+        let mut part = 0;
+        if size == 16 {
             if self.one_in(5) {
                 flags |= 0x100;
                 let start = self.pick(&[0_u64, 100, 1024, 2048, 0x8064, 4095, 4096]);
@@ -253,41 +257,59 @@ impl Generator<'_> {
             if self.one_in(6) {
                 // Transitive: by the far domain and its reference.
                 flags = flags & !3 | 3;
-                let far = self.pick(&[0_u64, 1, 1, 1, 1, 1, 77, SELF]);
+                let near = u64::from(other);
+                let far = self.pick(&[1 - near, 1 - near, 1 - near, 0, 1, 77, SELF]);
                 let far_ref = u64::from(self.granted_ref());
-                self.store(gref * 16 + 8, 8, lit(far_ref));
-                self.store(gref * 16, 8, lit(flags | domid << 16 | far << 32));
+                self.store(other, gref * size + 8, 8, lit(far_ref));
+                self.store(other, gref * size, 8, lit(flags | domid << 16 | far << 32));
                 return;
             }
-            self.store(gref * 16 + 8, 8, frame);
-            self.store(gref * 16, 8, lit(flags | domid << 16 | part));
-        } else {
-            self.store(gref * 8 + 4, 4, frame);
-            self.store(gref * 8, 4, lit(flags | domid << 16));
         }
+        self.store(other, gref * size + at, bytes, frame);
+        let head = if size == 16 { 8 } else { 4 };
+        self.store(other, gref * size, head, lit(flags | domid << 16 | part));
+    }
+
+    /// An entry that accepts a page.
+    fn offer(&mut self, other: bool) {
+        let gref = self.any_ref() % 1025;
+        let (size, at, bytes) = self.entry_layout(other);
+        let sender = match self.rng.u32(0..12) {
+            0 => 77,
+            1 | 2 => u64::from(other),
+            _ => u64::from(!other),
+        };
+        let flags = if self.one_in(12) {
+            self.pick(&[0_u64, 1, 6, 0x22, 0x0A])
+        } else {
+            2
+        };
+        self.offered.push((other, gref));
+        // No frame of either world's.
+        let number = self.rng.u64(0x4000_0000..0x5000_0000);
+        self.store(other, gref * size + at, bytes, lit(number));
+        self.store(other, gref * size, 4, lit(flags | sender << 16));
     }
 
     fn change_entry(&mut self) {
-        if self.one_in(3) {
-            return self.change_other_entry();
-        }
-        let gref = self.granted_ref() % 1025;
-        let size = if self.version == 2 { 16 } else { 8 };
+        let (granter, gref) = self.granted();
+        let other = granter != 0;
+        let gref = gref % 1025;
+        let (size, at, bytes) = self.entry_layout(other);
         match self.rng.u32(0..6) {
-            0 => self.store(gref * size, 2, lit(0_u64)),
-            1 => self.store(gref * size, 2, lit(5_u64)),
+            0 => self.store(other, gref * size, 2, lit(0_u64)),
+            1 => self.store(other, gref * size, 2, lit(5_u64)),
             2 => {
-                let domid = self.entry_domid();
-                self.store(gref * size + 2, 2, lit(domid));
+                let domid = self.entry_domid(other);
+                self.store(other, gref * size + 2, 2, lit(domid));
             }
             3 => {
-                let frame = self.any_frame();
-                let (at, bytes) = if self.version == 2 { (8, 8) } else { (4, 4) };
-                self.store(gref * size + at, bytes, frame);
+                let frame = self.any_frame(other);
+                self.store(other, gref * size + at, bytes, frame);
             }
             _ => {
                 let flags = self.entry_flags();
-                self.store(gref * size, 2, lit(flags));
+                self.store(other, gref * size, 2, lit(flags));
             }
         }
     }
@@ -304,16 +326,18 @@ impl Generator<'_> {
         debug_assert!(items.iter().all(|item| item.len() == fields(op).len()));
         let size = u32::try_from(op.arg_size(gnttab_abi::Abi::X86_64)).unwrap_or(1);
         let mut count = u64::from(total);
-        let mut place = Place::Area(self.rng.u8(0..2), 8 * self.rng.u32(0..200));
+        let plain = if self.acting { OTHER_ARGUMENTS } else { 1 };
+        let own = if self.acting { plain } else { self.rng.u8(0..2) };
+        let mut place = Place::Area(own, 8 * self.rng.u32(0..200));
         if total > 100 {
-            place = Place::Area(1, 0);
+            place = Place::Area(plain, 0);
         } else if self.one_in(24) {
             let fit = self.rng.u32(0..=total) * size;
             match self.rng.u32(0..6) {
                 // Into what is only readable, or into nothing.
-                0 | 1 => place = Place::Area(0, AREA_BYTES - fit),
-                2 => place = Place::Area(0, AREA_BYTES + 4096 - fit.min(4096)),
-                3 | 4 => place = Place::Area(1, AREA_BYTES - fit),
+                0 | 1 if !self.acting => place = Place::Area(0, AREA_BYTES - fit),
+                2 if !self.acting => place = Place::Area(0, AREA_BYTES + 4096 - fit.min(4096)),
+                0..5 => place = Place::Area(plain, AREA_BYTES - fit),
                 _ => {
                     place = Place::Lit(self.pick(&[NO_TABLE, RESERVED, 0xFFFF_87FF_FFFF_F000]));
                 }
@@ -322,7 +346,7 @@ impl Generator<'_> {
             // how much of a faulting write is done is the guest memory's affair.
             if let Place::Area(area, at) = place
                 && fit >= 16
-                && (area == 1 || at >= AREA_BYTES)
+                && (area == plain || at >= AREA_BYTES)
                 && self.one_in(3)
             {
                 place = Place::Area(area, at + 8);
@@ -333,7 +357,7 @@ impl Generator<'_> {
         let upper = if self.one_in(100) { 0xABCD << 32 } else { 0 };
         self.steps.push(Step {
             head: Head::Call(CallHead {
-                other: false,
+                other: self.acting,
                 command: op as u64 | upper,
                 op,
                 place,
@@ -364,13 +388,18 @@ impl Generator<'_> {
     fn self_or_dom(&mut self) -> Value {
         match self.rng.u32(0..4) {
             0 | 1 => lit(SELF),
-            2 => lit(1_u64),
+            2 => lit(OTHER),
             _ => self.dom(),
         }
     }
 
+    /// A slot of whoever acts.
+    fn any_slot(&mut self) -> u64 {
+        self.rng.u64(0..SLOTS) + if self.acting { SLOTS } else { 0 }
+    }
+
     fn map_item(&mut self) -> Vec<Value> {
-        let slot = self.rng.u64(0..SLOTS);
+        let slot = self.any_slot();
         let (host, device) = match self.rng.u32(0..20) {
             0..4 => (false, true),
             4..8 => (true, true),
@@ -413,7 +442,7 @@ impl Generator<'_> {
                 Value::Slot(slot, 0),
             ]);
         }
-        self.mapped.push((bits, slot));
+        self.mapped[usize::from(self.acting)].push((bits, slot));
         let (granter, gref) = self.granted();
         let dom = if self.one_in(40) { self.dom() } else { lit(granter) };
         vec![
@@ -461,18 +490,19 @@ impl Generator<'_> {
     }
 
     fn handle(&mut self) -> (Value, u32, u64) {
-        if self.mapped.is_empty() || self.one_in(24) {
+        let who = usize::from(self.acting);
+        if self.mapped[who].is_empty() || self.one_in(24) {
             let none = self.pick(&[NO_HANDLE, 0xFFFF_FFFF, 0x7FFF_FFFF, 0x0010_0000]);
             return (lit(none), 0, 0);
         }
-        let index = self.rng.usize(0..self.mapped.len());
-        let (flags, slot) = self.mapped[index];
+        let index = self.rng.usize(0..self.mapped[who].len());
+        let (flags, slot) = self.mapped[who][index];
         (Value::Handle(index as u64), flags, slot)
     }
 
     fn host_addr(&mut self, flags: u32, slot: u64) -> Value {
-        let slot = if self.one_in(12) {
-            self.rng.u64(0..SLOTS)
+        let slot = if self.one_in(12) || slot < SLOTS && self.acting {
+            self.any_slot()
         } else {
             slot
         };
@@ -516,7 +546,7 @@ impl Generator<'_> {
             .map(|_| {
                 let (handle, flags, slot) = self.handle();
                 let host = self.host_addr(flags, slot);
-                let other = self.rng.u64(0..SLOTS);
+                let other = self.any_slot();
                 let new = if self.one_in(4) {
                     self.pick(&[lit(0_u64), lit(NO_TABLE), lit(RESERVED), Value::Slot(slot, 0)])
                 } else {
@@ -529,10 +559,10 @@ impl Generator<'_> {
     }
 
     fn set_pte(&mut self) {
-        let (slot, writable) = (self.rng.u8(0..16), self.rng.bool());
+        let (slot, writable) = (self.rng.u8(0..if self.killed { 16 } else { 32 }), self.rng.bool());
         let page = match self.rng.u32(0..8) {
             0 => 0xFF,
-            1 => 8,
+            1 => 8 + self.rng.u8(0..2),
             2 | 3 => 0x10 + self.rng.u8(0..8),
             _ => self.rng.u8(0..8),
         };
@@ -556,7 +586,7 @@ impl Generator<'_> {
         let items = (0..self.few())
             .map(|_| {
                 let source = if self.tables {
-                    (Value::Page(self.rng.u64(0..PAGES)), lit(SELF))
+                    (self.page_of(self.acting), lit(SELF))
                 } else {
                     self.side(source_gref)
                 };
@@ -599,15 +629,15 @@ impl Generator<'_> {
             let (granter, gref) = self.granted();
             let dom = match self.rng.u32(0..40) {
                 0 => self.dom(),
-                1..10 if granter == 0 => lit(SELF),
+                1..10 if granter == u64::from(self.acting) => lit(SELF),
                 _ => lit(granter),
             };
             (lit(gref), dom)
         } else {
             let frame = if self.one_in(8) {
-                self.any_frame()
+                self.any_frame(self.acting)
             } else {
-                Value::Page(self.rng.u64(0..PAGES))
+                self.page_of(self.acting)
             };
             let dom = if self.one_in(20) { self.dom() } else { lit(SELF) };
             (frame, dom)
@@ -626,7 +656,7 @@ impl Generator<'_> {
         let version = if self.tables && version == 1 { 2 } else { version };
         if (1..=2).contains(&version) {
             // It may fail; the picture is rough.
-            self.version = version;
+            self.version[usize::from(self.acting)] = version;
         }
         self.call(Op::SetVersion, vec![vec![lit(version)]]);
     }
@@ -644,11 +674,12 @@ impl Generator<'_> {
 
     fn list(&mut self) -> Value {
         let short = 8 * self.rng.u32(0..5);
+        let list = if self.acting { OTHER_LIST } else { LIST };
         match self.rng.u32(0..12) {
-            0 => Value::Area(LIST, AREA_BYTES - short),
+            0 => Value::Area(list, AREA_BYTES - short),
             1 => lit(RESERVED),
             2 => lit(NO_TABLE),
-            _ => Value::Area(LIST, 0),
+            _ => Value::Area(list, 0),
         }
     }
 
@@ -659,13 +690,7 @@ impl Generator<'_> {
             2 => self.pick(&[0xFFFF_FFFF, 0x8000_0000]),
             _ => self.rng.u32(0..4),
         };
-        // The kernel could not see what a dead domain's table grows by.
-        let dom = if self.killed {
-            lit(SELF)
-        } else {
-            self.self_or_dom()
-        };
-        let item = vec![dom, lit(nr), STATUS_BEFORE, self.list()];
+        let item = vec![self.self_or_dom(), lit(nr), STATUS_BEFORE, self.list()];
         self.call(Op::SetupTable, vec![item]);
     }
 
@@ -700,15 +725,63 @@ impl Generator<'_> {
         self.call(Op::CacheFlush, items);
     }
 
-    /// Transfers that must leave the page where it is: every page of the caller's has a mapping.
+    /// Transfers: of pages that nobody uses, which go or are lost, and of pages that must stay.
     fn transfer(&mut self) {
+        let to = if self.one_in(6) { self.acting } else { !self.acting };
+        if !self.one_in(4) {
+            self.offer(to);
+        }
         let items = (0..self.few())
             .map(|_| {
-                let mfn = self.any_frame();
-                vec![mfn, self.dom(), lit(self.granted_ref()), STATUS_BEFORE]
+                let mfn = match self.rng.u32(0..8) {
+                    0 => self.any_frame(self.acting),
+                    1 => Value::Page(SPARE + self.rng.u64(0..SPARES)),
+                    _ => {
+                        let half = SPARES / 2;
+                        Value::Page(SPARE + self.rng.u64(0..half) + if self.acting { half } else { 0 })
+                    }
+                };
+                let (table, gref) = match self.rng.choice(self.offered.iter().copied()) {
+                    Some(offer) if !self.one_in(10) => offer,
+                    _ => (to, self.granted_ref()),
+                };
+                let dom = if self.one_in(12) { self.dom() } else { lit(table) };
+                vec![mfn, dom, lit(gref), STATUS_BEFORE]
             })
             .collect();
         self.call(Op::Transfer, items);
+    }
+
+    /// As many arguments as the area holds, or nearly.
+    fn thousands(&mut self) {
+        let op = self.pick(&[Op::SwapGrantRef, Op::UnmapGrantRef, Op::Copy, Op::MapGrantRef]);
+        let item = match op {
+            Op::SwapGrantRef => vec![lit(self.granted_ref()), lit(self.any_ref()), STATUS_BEFORE],
+            Op::Copy => {
+                let (from, to) = (self.page_of(self.acting), self.page_of(self.acting));
+                let (low, high) = (lit(8_u64), lit(3000_u64));
+                vec![
+                    from,
+                    lit(SELF),
+                    low,
+                    to,
+                    lit(SELF),
+                    high,
+                    lit(40_u64),
+                    lit(0_u64),
+                    STATUS_BEFORE,
+                ]
+            }
+            Op::MapGrantRef => {
+                let mut item = self.map_item();
+                item[1] = lit(MapFlags::DEVICE_MAP.bits());
+                item
+            }
+            _ => vec![lit(0_u64), lit(0_u64), Value::HandleSeq(0), STATUS_BEFORE],
+        };
+        let size = u32::try_from(op.arg_size(gnttab_abi::Abi::X86_64)).unwrap_or(1);
+        let total = AREA_BYTES / size - self.rng.u32(0..3);
+        self.call_repeated(op, vec![item], total);
     }
 
     /// Commands that there are not.
@@ -735,7 +808,7 @@ impl Generator<'_> {
         let item = vec![lit(SELF), STATUS_BEFORE];
         self.steps.push(Step {
             head: Head::Call(CallHead {
-                other: false,
+                other: self.acting,
                 command,
                 op: Op::DumpTable,
                 place,
@@ -753,14 +826,11 @@ impl Generator<'_> {
             let hold = self.rng.bool();
             self.push(Head::HoldStatus(hold));
         } else {
-            let index = self.granted_ref();
+            let (granter, index) = self.granted();
+            let other = granter != 0;
             // Marks that lie are put there, but none taken away: the player looks at them.
             let value = self.pick(&[0x18, 0x8018, 0xFFFF]);
-            self.push(Head::StatusWord {
-                other: false,
-                index,
-                value,
-            });
+            self.push(Head::StatusWord { other, index, value });
         }
     }
 }

@@ -85,8 +85,8 @@ pub trait World {
     fn owner(&mut self, spare: u64) -> Option<bool>;
     /// What its owner calls a spare page, by the machine's table.
     fn physical(&self, spare: u64) -> u64;
-    /// Gives both domains new spare pages, and takes the old ones.
-    fn reset_spares(&mut self);
+    /// Gives both domains new spare pages for those that are gone (as bits) or have moved.
+    fn reset_spares(&mut self, gone: u64);
     /// Looks again at what the hypervisor has for the tables: they may have grown or changed version.
     fn refresh(&mut self);
     /// Kills the other domain and takes its memory, as far as nobody uses it.
@@ -114,6 +114,7 @@ pub fn play<W: World>(world: &mut W, script: &[u8]) -> bool {
         pages_changed: false,
         hold_status: false,
         received: 0,
+        gone: 0,
         transferred: false,
         killed: false,
         digest: 0,
@@ -142,6 +143,8 @@ struct Play<'w, W> {
     acting: bool,
     /// Spare pages that were transferred with success, as bits: their owner gave them a number.
     received: u64,
+    /// Those that a transfer lost: their frames may be anything by now.
+    gone: u64,
     /// A transfer was tried.
     transferred: bool,
     pages_changed: bool,
@@ -235,13 +238,18 @@ impl<W: World> Play<'_, W> {
         }
     }
 
+    /// The frame of a name, or no frame at all.
+    fn frame(&self, name: u64) -> u64 {
+        let gone = (SPARE..SPARE + SPARES).contains(&name) && self.gone & 1 << (name - SPARE) != 0;
+        let frame = if gone { None } else { self.world.frame(name) };
+        frame.unwrap_or(0xFFFF_FFF1)
+    }
+
     fn value(&self, value: Value, item: u64) -> u64 {
         match value {
             Value::Lit(n) => n,
-            Value::Page(name) => self.world.frame(name).unwrap_or(0xFFFF_FFF1),
-            Value::PageAddr(name, offset) => {
-                (self.world.frame(name).unwrap_or(0xFFFF_FFF1) << 12) + u64::from(offset)
-            }
+            Value::Page(name) => self.frame(name),
+            Value::PageAddr(name, offset) => (self.frame(name) << 12) + u64::from(offset),
             Value::Slot(slot, offset) => self.world.slot(slot % (2 * SLOTS)) + u64::from(offset),
             Value::Pte(slot, offset) => self.world.pte_addr(slot % (2 * SLOTS)) + u64::from(offset),
             Value::Handle(k) => u64::from(self.handle(k)),
@@ -405,7 +413,11 @@ impl<W: World> Play<'_, W> {
     /// Whose the spare pages are, and under which number those that came by transfer.
     fn look_at_spares(&mut self) {
         for spare in 0..SPARES {
-            let owner = self.world.owner(spare);
+            let mut owner = None;
+            if self.gone & 1 << spare == 0 {
+                owner = self.world.owner(spare);
+                self.gone |= u64::from(owner.is_none()) << spare;
+            }
             self.see("owner of spare", spare, owner.map_or(2, u64::from));
             if owner.is_some() && self.received & 1 << spare != 0 {
                 let physical = self.world.physical(spare);
@@ -615,7 +627,7 @@ impl<W: World> Play<'_, W> {
         if acts {
             failed |= self.empty_table(true);
             if self.transferred {
-                self.world.reset_spares();
+                self.world.reset_spares(self.gone);
             }
         }
         if self.pages_changed {

@@ -22,7 +22,9 @@ const MEMORY: &str = "256M";
 const IMPATIENCE: Duration = Duration::from_millis(2);
 /// The hypercall that tells the hypervisor's version.
 const XEN_VERSION: u64 = 17;
-/// How long it may take from start to greeting, and to answer a batch.
+/// How long it may take from start to greeting.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+/// How long it may take to answer a batch.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A real Xen could not be asked.
@@ -138,8 +140,20 @@ pub(crate) struct Answers {
 }
 
 impl RealXen {
-    /// Starts a machine, with more words for the hypervisor's command line, and waits for its kernel.
+    /// Starts a machine; a busy computer may need more than one try.
     pub(crate) fn start(tools: &Tools, settings: Settings, more: &str) -> Result<RealXen, XenError> {
+        const TRIES: u32 = 3;
+        let mut tried = 1;
+        loop {
+            match RealXen::try_start(tools, settings, more) {
+                Err(XenError::Silent { .. }) if tried < TRIES => tried += 1,
+                done => return done,
+            }
+        }
+    }
+
+    /// Starts a machine, with more words for the hypervisor's command line, and waits for its kernel.
+    fn try_start(tools: &Tools, settings: Settings, more: &str) -> Result<RealXen, XenError> {
         let mut magic = [0; 4];
         let read = File::open(&tools.xen).and_then(|mut file| file.read_exact(&mut magic));
         if read.is_err() || magic != *b"\x7fELF" {
@@ -186,7 +200,7 @@ impl RealXen {
         let started = Instant::now();
         let mut last_lines = Vec::new();
         let header = loop {
-            match console.recv_timeout(PATIENCE.saturating_sub(started.elapsed())) {
+            match console.recv_timeout(START_PATIENCE.saturating_sub(started.elapsed())) {
                 Ok(line) => {
                     if let Some((_, frame)) = line.split_once(GREETING) {
                         break u64::from_str_radix(frame.trim(), 16).unwrap_or(0) * 4096;

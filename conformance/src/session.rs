@@ -285,7 +285,7 @@ pub(crate) fn compare(
         if let Some(index) = differs {
             let number = report.scripts - 1;
             drop(pair);
-            let mut found = explain(tools, settings, &batch[index].0, frames[index], number)?;
+            let mut found = explain(tools, settings, &batch[..=index], &frames, number)?;
             found.listed = accepted
                 .of_script(&found, reference_of(report.xen))
                 .map(|entry| entry.id.clone());
@@ -374,18 +374,39 @@ impl Lab<'_> {
         is.iter().zip(&self.frames).any(|(is, wanted)| is > wanted)
     }
 
-    fn play(&mut self, steps: &[Step], verbose: bool) -> Result<(Vec<u64>, Vec<u64>), XenError> {
-        if !self.pair.clean || self.beyond() {
+    /// A pair with tables of that size.
+    fn prepare(&mut self, frames: [u32; 2]) -> Result<(), XenError> {
+        self.frames = frames;
+        self.pair = Pair::start(self.tools, self.settings)?;
+        self.pair_or_new()?;
+        Ok(())
+    }
+
+    /// The pair, or another if it cannot serve any more.
+    fn pair_or_new(&mut self) -> Result<&mut Pair, XenError> {
+        if !self.pair.clean {
             self.pair = Pair::start(self.tools, self.settings)?;
         }
         if self.pair.engine.frames() != self.frames {
             self.pair.both(&encode(&grow(self.frames)), false)?;
         }
-        self.pair.both(&encode(steps), verbose)
+        Ok(&mut self.pair)
+    }
+
+    /// Whether the last of these differs when all are played on a new pair.
+    fn differs_after(&mut self, batch: &[(Vec<Step>, Vec<u8>)], frames: [u32; 2]) -> Result<bool, XenError> {
+        self.prepare(frames)?;
+        let mut differs = false;
+        for (_, encoded) in batch {
+            let (xen, engine) = self.pair.both(encoded, false)?;
+            differs = xen != engine;
+        }
+        Ok(differs)
     }
 
     fn differs(&mut self, steps: &[Step]) -> Result<bool, XenError> {
-        let (xen, engine) = self.play(steps, false)?;
+        self.pair.clean &= !self.beyond();
+        let (xen, engine) = self.pair_or_new()?.both(&encode(steps), false)?;
         // Whoever ended differently may have left different things behind.
         self.pair.clean &= xen.last() == engine.last();
         Ok(xen != engine)
@@ -395,29 +416,53 @@ impl Lab<'_> {
 fn explain(
     tools: &Tools,
     settings: Settings,
-    program: &[Step],
-    frames: [u32; 2],
+    batch: &[(Vec<Step>, Vec<u8>)],
+    frames: &[[u32; 2]],
     script: u64,
 ) -> Result<Difference, XenError> {
+    let index = batch.len() - 1;
     let mut lab = Lab {
         tools,
         settings,
-        frames,
+        frames: frames[index],
         pair: Pair::start(tools, settings)?,
     };
-    let mut steps = program.to_vec();
+    let mut steps = batch[index].0.clone();
     if lab.differs(&steps)? {
         make_small(&mut steps, &mut |fewer| lab.differs(fewer))?;
     } else {
-        eprintln!("script {script} differs only after those before it");
+        // After those before it, then: as few of them as will do.
+        let mut from = 0;
+        let mut last = index;
+        while last > from {
+            let middle = from + (last - from).div_ceil(2);
+            if lab.differs_after(&batch[middle..], frames[middle])? {
+                from = middle;
+            } else {
+                last = middle - 1;
+            }
+        }
+        eprintln!("script {script} differs only after {} before it", index - from);
+        if lab.differs_after(&batch[from..], frames[from])? {
+            for (steps, _) in &batch[from..index] {
+                eprintln!("  one of them:");
+                for step in steps {
+                    eprintln!("    {}", words(step));
+                }
+            }
+        }
+        lab.prepare(frames[from])?;
+        for (_, before) in &batch[from..index] {
+            lab.pair.both(before, false)?;
+        }
     }
-    let (xen, engine) = lab.play(&steps, true)?;
+    let (xen, engine) = lab.pair_or_new()?.both(&encode(&steps), true)?;
     let first = (0..xen.len().max(engine.len())).find(|at| xen.get(*at) != engine.get(*at));
     let at = first.unwrap_or(0);
     let seen = lab.pair.engine.seen.iter().rfind(|seen| seen.at <= at);
     Ok(Difference {
         script,
-        frames,
+        frames: frames[index],
         program: steps.iter().map(words).collect(),
         step: seen.map_or(0, |seen| seen.step),
         what: seen.map_or_else(String::new, |seen| format!("{} {}", seen.what, seen.index)),

@@ -407,7 +407,8 @@ impl World for RealXen {
             }
         };
         let others = page.is_some_and(|(name, _)| {
-            name == OTHER_SLOTS_TABLE || (OTHER_PAGES..SPARE).contains(&name) || name >= OTHER_TABLE
+            (SPARE..TABLE).contains(&name) && self.owner(name - SPARE) == Some(true)
+                || name == OTHER_SLOTS_TABLE || (OTHER_PAGES..SPARE).contains(&name) || name >= OTHER_TABLE
         });
         if slot >= SLOTS {
             // The kernel may write the other domain's page tables, with its pages and its own.
@@ -493,16 +494,20 @@ impl World for RealXen {
         crate::xen::physical(self.spares[spare as usize])
     }
 
-    fn reset_spares(&mut self) {
-        for spare in 0..SPARES {
-            let (owner, wanted) = (self.owner(spare), spare >= SPARES / 2);
+    fn reset_spares(&mut self, gone: u64) {
+        // First all owners: a frame that is gone may be given out again as another spare page.
+        let owners: [Option<bool>; SPARES as usize] = core::array::from_fn(|spare| {
+            let is_gone = gone & 1 << spare != 0;
+            if is_gone { None } else { self.owner(spare as u64) }
+        });
+        for (at, owner) in owners.into_iter().enumerate() {
+            let wanted = at as u64 >= SPARES / 2;
             if owner == Some(wanted) {
                 continue;
             }
-            let at = spare as usize;
             if let Some(owner) = owner {
-                let gone = other::give_back(OWN.addr(), owner, self.spares[at]);
-                assert!(gone, "a spare page");
+                let back = other::give_back(OWN.addr(), owner, self.spares[at]);
+                assert!(back, "a spare page");
             }
             self.spares[at] = other::get(OWN.addr(), wanted);
         }
