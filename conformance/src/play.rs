@@ -421,6 +421,7 @@ impl<W: World> Play<'_, W> {
             self.see("owner of spare", spare, owner.map_or(2, u64::from));
             if owner.is_some() && self.received & 1 << spare != 0 {
                 let physical = self.world.physical(spare);
+                let physical = self.name(physical);
                 self.see("number of spare", spare, physical);
             }
         }
