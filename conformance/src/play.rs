@@ -26,6 +26,8 @@ const FILL: u8 = 0xA5;
 const LIST_SEEN: u64 = 72;
 /// Handles that are remembered.
 const MOST_HANDLES: usize = 4096;
+/// A number that is no frame.
+const NO_FRAME: u64 = 0xFFFF_FFF1;
 /// Says that a number is a frame's name.
 const NAMED: u64 = 1 << 62;
 /// -EFAULT
@@ -242,7 +244,7 @@ impl<W: World> Play<'_, W> {
     fn frame(&self, name: u64) -> u64 {
         let gone = (SPARE..SPARE + SPARES).contains(&name) && self.gone & 1 << (name - SPARE) != 0;
         let frame = if gone { None } else { self.world.frame(name) };
-        frame.unwrap_or(0xFFFF_FFF1)
+        frame.unwrap_or(NO_FRAME)
     }
 
     fn value(&self, value: Value, item: u64) -> u64 {
@@ -402,6 +404,31 @@ impl<W: World> Play<'_, W> {
         }
     }
 
+    /// A spare page is gone, and its frame may come again as anything: no entry is to name it.
+    fn forget(&mut self, spare: u64) {
+        self.gone |= 1 << spare;
+        for other in [false, true] {
+            let (size, at) = if self.world.version(other) == 2 {
+                (16, 8)
+            } else {
+                (8, 4)
+            };
+            for gref in WATCHED.into_iter().map(u64::from) {
+                let place = gref * size + at;
+                if (gref + 1) * size > self.world.table_bytes(other) {
+                    break;
+                }
+                let mut bytes = [0; 8];
+                let wide = usize::try_from(size - at).unwrap_or(8);
+                self.world.table_load(other, place, &mut bytes[..wide]);
+                if self.world.frame(SPARE + spare) == Some(word(&bytes)) {
+                    let width = if wide == 8 { 8 } else { 4 };
+                    self.world.table_store(other, place, width, NO_FRAME);
+                }
+            }
+        }
+    }
+
     fn remember_received(&mut self, frame: u64) {
         if let Some(name) = self.world.name(frame)
             && (SPARE..SPARE + SPARES).contains(&name)
@@ -416,7 +443,9 @@ impl<W: World> Play<'_, W> {
             let mut owner = None;
             if self.gone & 1 << spare == 0 {
                 owner = self.world.owner(spare);
-                self.gone |= u64::from(owner.is_none()) << spare;
+                if owner.is_none() {
+                    self.forget(spare);
+                }
             }
             self.see("owner of spare", spare, owner.map_or(2, u64::from));
             if owner.is_some() && self.received & 1 << spare != 0 {
@@ -492,7 +521,8 @@ impl<W: World> Play<'_, W> {
     fn look(&mut self) {
         self.look_at_table(false);
         self.look_at_table(true);
-        for slot in 0..2 * SLOTS {
+        // A dead domain's page tables are anybody's memory.
+        for slot in 0..if self.killed { SLOTS } else { 2 * SLOTS } {
             let pte = self.world.pte(slot);
             let seen = if pte & PRESENT == 0 {
                 0

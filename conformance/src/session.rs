@@ -136,6 +136,9 @@ fn make_other(xen: &mut RealXen) -> Result<Meeting, XenError> {
     for (at, spare) in spares[HALF..].iter_mut().enumerate() {
         *spare = other.page(PAGES as usize + at);
     }
+    for spare in spares {
+        xen.write(spare << 12, &[0; 4096])?;
+    }
     Ok(Meeting {
         control_version: control_version(xen.version),
         words: other.words_frame(),

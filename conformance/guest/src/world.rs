@@ -271,6 +271,21 @@ impl RealXen {
         self.other.as_ref().expect("the runner tells of the other domain first")
     }
 
+    /// A new page holds what its last owner left in it.
+    fn empty_page(&self, other: bool, frame: u64) {
+        let (there, pte) = (TRIAL.addr(), frame << 12 | RW);
+        let shown = if other {
+            map_foreign(there, pte, OTHER)
+        } else {
+            map(there, pte)
+        };
+        assert!(shown, "a new page");
+        for word in 0..512 {
+            store64(there + word * 8, 0);
+        }
+        assert!(map(there, 0), "a new page");
+    }
+
     /// Whether a domain owns a page: whether it can be mapped as that domain's.
     fn owns(&self, other: bool, frame: u64) -> bool {
         let there = TRIAL.addr();
@@ -510,6 +525,7 @@ impl World for RealXen {
                 assert!(back, "a spare page");
             }
             self.spares[at] = other::get(OWN.addr(), wanted);
+            self.empty_page(wanted, self.spares[at]);
         }
     }
 
