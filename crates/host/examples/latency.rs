@@ -1,9 +1,12 @@
 //! What a hypercall, a mapping, a copy and an event cost between processes.
 //!
 //! Run it with `cargo run --release -p gnttab-host --example latency`. It starts a monitor and two domains:
-//! one grants pages, the other measures and prints the median and the 99th percentile of each.
+//! one grants pages, the other measures. Printed are, for each item: the least, the median and the 99th
+//! percentile of the time that it took, and the processor time that it cost the domain and the monitor, by
+//! which one sees what spinning is paid with. "After a rest" is a call that finds the monitor's thread asleep.
 
 use std::error::Error;
+use std::io::{BufRead as _, BufReader};
 use std::process::{ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,7 +31,6 @@ const GRANTER: DomId = DomId(1);
 const METER: DomId = DomId(2);
 /// Pages granted, and the batch that is measured.
 const PAGES: u32 = 32;
-const ROUNDS: usize = 2000;
 
 type Outcome = Result<(), Box<dyn Error>>;
 
@@ -52,14 +54,39 @@ fn end(outcome: Outcome) -> ExitCode {
 fn machine() -> Outcome {
     let monitor = Monitor::start(Settings::default())?;
     let granter = monitor.create(DomainSpec::new("granter", Program::role("granter")))?;
+    let (said, says) = std::io::pipe()?;
     let meter = Program {
-        stdout: Stdio::inherit(),
+        stdout: Stdio::from(says),
         ..Program::role("meter")
     };
     let meter = monitor.create(DomainSpec::new("meter", meter))?;
+    println!(
+        "{:<36} {:>9} {:>9} {:>9} {:>11} {:>11}",
+        "an item", "least", "median", "99 %", "domain CPU", "monitor CPU"
+    );
+    // The monitor is this process: what it has used since the line before is what the line cost it.
+    let mut before = processor_time();
+    for line in BufReader::new(said).lines() {
+        let line = line?;
+        let now = processor_time();
+        if let Some((text, items)) = line.rsplit_once(' ') {
+            let each = (now - before).div_f64(items.parse()?);
+            println!("{text} {:>11}", format!("{each:.1?}"));
+        }
+        before = now;
+    }
     monitor.wait(meter)?;
     monitor.destroy(granter)?;
     Ok(())
+}
+
+/// What this process has used of the processors.
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
 }
 
 /// Grants pages, says so in the store, and sends every event back.
@@ -101,43 +128,57 @@ fn meter(start: Start) -> Outcome {
     let grefs: Vec<GrantRef> = numbers.map(|gref| gref.map(GrantRef)).collect::<Result<_, _>>()?;
     let mapper = Mapper::new(Arc::clone(&domain), domain.foreign_window()?)?;
     let mut back = Back::new(Arc::clone(&domain), mapper.clone(), GRANTER);
-    let buffer = domain.private(1)?;
+    let buffer = domain.private(PAGES)?;
 
-    println!("{:<44} {:>10} {:>10}", "", "median", "99 %");
     let nothing = Request::default();
-    measure("empty hypercall", || {
+    let mut empty = || {
         let _ = domain.call(&nothing, &[], &mut []);
         Ok(())
-    })?;
+    };
+    measure("empty hypercall", 1, BUSY, &mut empty)?;
+    measure("empty hypercall, after a rest", 1, RESTED, &mut empty)?;
     let request = |gref| MapRequest {
         dom: GRANTER,
         gref,
         access: Access::ReadWrite,
     };
-    measure("map and unmap one page", || {
+    measure("map and unmap, batch 1", 1, BUSY, || {
         Ok(mapper.map_one(request(grefs[0]))?.unmap()?)
     })?;
     let batch: Vec<MapRequest> = grefs.iter().map(|&gref| request(gref)).collect();
-    measure("map and unmap 32 pages in one batch", || {
+    let mut map = || {
         let mapped = mapper.map(&batch)?.into_iter().collect::<Result<Vec<_>, _>>()?;
         Ok(mapper.unmap(mapped)?)
+    };
+    measure("map and unmap, batch 32", PAGES, BUSY, &mut map)?;
+    measure("map and unmap, batch 32, after a rest", PAGES, RESTED, &mut map)?;
+    let parts: Vec<CopyPart> = (0..)
+        .zip(&grefs)
+        .map(|(index, &gref)| CopyPart {
+            gref,
+            offset: 0,
+            len: 4096,
+            at: index * 4096,
+        })
+        .collect();
+    measure("copy 4 KiB, batch 1", 1, BUSY, || {
+        Ok(back.copy(CopyDirection::FromPeer, &parts[..1], &buffer)?)
     })?;
-    let parts = [CopyPart {
-        gref: grefs[0],
-        offset: 0,
-        len: 4096,
-        at: 0,
-    }];
-    measure("copy 4 KiB through a grant", || {
+    measure("copy 4 KiB, batch 32", PAGES, BUSY, || {
         Ok(back.copy(CopyDirection::FromPeer, &parts, &buffer)?)
     })?;
     let poller = Poller::new()?;
     poller.add(&port, 0)?;
-    measure("event to the other domain and back", || {
+    measure("event to the other domain and back", 1, BUSY, || {
         round_trip(&port, &poller)
     })?;
     Ok(())
 }
+
+/// How often, and the rest before each. A thread that waits for a call spins for far less than this.
+type Pace = (usize, Duration);
+const BUSY: Pace = (2000, Duration::ZERO);
+const RESTED: Pace = (200, Duration::from_millis(2));
 
 fn round_trip(port: &Port, poller: &Poller) -> Outcome {
     port.send();
@@ -149,19 +190,26 @@ fn round_trip(port: &Port, poller: &Poller) -> Outcome {
     }
 }
 
-fn measure(what: &str, mut act: impl FnMut() -> Outcome) -> Outcome {
-    let mut times = Vec::with_capacity(ROUNDS);
-    for _ in 0..ROUNDS {
+/// Says what one item of `act` takes: for people, and at the end of the line how many were done, for the monitor.
+fn measure(what: &str, items: u32, (rounds, rest): Pace, mut act: impl FnMut() -> Outcome) -> Outcome {
+    let mut times = Vec::with_capacity(rounds);
+    let used = processor_time();
+    for _ in 0..rounds {
+        std::thread::sleep(rest);
         let start = Instant::now();
         act()?;
-        times.push(start.elapsed());
+        times.push(start.elapsed() / items);
     }
+    let done = u32::try_from(rounds)? * items;
+    let used = (processor_time() - used) / done;
     times.sort_unstable();
-    let (median, late) = (times[ROUNDS / 2], times[ROUNDS * 99 / 100]);
+    let text = |time: Duration| format!("{time:.1?}");
     println!(
-        "{what:<44} {:>10} {:>10}",
-        format!("{median:.1?}"),
-        format!("{late:.1?}")
+        "{what:<36} {:>9} {:>9} {:>9} {:>11} {done}",
+        text(times[0]),
+        text(times[rounds / 2]),
+        text(times[rounds * 99 / 100]),
+        text(used),
     );
     Ok(())
 }
