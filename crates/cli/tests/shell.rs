@@ -160,10 +160,11 @@ impl Machine {
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let last = if join { "joinable" } else { "started" };
+        let machine = Machine(child);
         loop {
             let event: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
             if event["event"] == last {
-                return Machine(child);
+                return machine;
             }
         }
     }
