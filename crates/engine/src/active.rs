@@ -280,6 +280,7 @@ impl Claim<'_> {
 }
 
 impl Drop for Claim<'_> {
+    #[inline]
     fn drop(&mut self) {
         self.entry.state.store(self.result.0, Ordering::Release);
     }

@@ -71,8 +71,18 @@ impl<H: Hypervisor> Run<H> {
     }
 }
 
-/// The item has to start over: the granter changed the entry while it was let go.
-struct Restart;
+/// Why a use of an entry by grant was not had.
+enum Refused {
+    /// The granter changed the entry while it was let go: start over.
+    Restart,
+    With(GrantStatus),
+}
+
+impl From<GrantStatus> for Refused {
+    fn from(status: GrantStatus) -> Refused {
+        Refused::With(status)
+    }
+}
 
 /// A use of an entry by grant.
 struct Grip {
@@ -83,6 +93,7 @@ struct Grip {
     typed: Option<bool>,
 }
 
+#[inline]
 fn pins_of(access: Access) -> Pins {
     match access {
         Access::Read => Pins::HOST_READ,
@@ -132,6 +143,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         run.pair = None;
     }
 
+    #[inline]
     fn copy_one(&mut self, vcpu: &Vcpu<H>, run: &mut Run<H>, item: &Copy) -> Result<(), GrantStatus> {
         let engine = self.engine;
         let caller = &vcpu.domain;
@@ -147,24 +159,15 @@ impl<H: Hypervisor> Visit<'_, H> {
         // 2, 3
         let by_grant = |flag| item.flags.contains(flag);
         by_frame_is_own(&item.source, by_grant(CopyFlags::SOURCE_GREF))?;
-        let source = self.keep_or_claim(
-            caller,
-            run.source.take(),
-            &item.source,
-            by_grant(CopyFlags::SOURCE_GREF),
-            Access::Read,
-        )?;
-        let source = run.source.insert(source);
-        let (from, source_range) = (source.mfn, (source.start, source.end));
+        let source = &item.source;
+        let granted = by_grant(CopyFlags::SOURCE_GREF);
+        self.keep_or_claim(caller, &mut run.source, source, granted, Access::Read)?;
         by_frame_is_own(&item.dest, by_grant(CopyFlags::DEST_GREF))?;
-        let dest = self.keep_or_claim(
-            caller,
-            run.dest.take(),
-            &item.dest,
-            by_grant(CopyFlags::DEST_GREF),
-            Access::Write,
-        )?;
-        let dest = run.dest.insert(dest);
+        let granted = by_grant(CopyFlags::DEST_GREF);
+        self.keep_or_claim(caller, &mut run.dest, &item.dest, granted, Access::Write)?;
+        let (Some(from), Some(to)) = (&run.source, &run.dest) else {
+            return Err(GrantStatus::GENERAL_ERROR);
+        };
         // 4
         let len = u32::from(item.len);
         let end = |side: &CopyPtr| u32::from(side.offset) + len;
@@ -173,24 +176,28 @@ impl<H: Hypervisor> Visit<'_, H> {
             return Err(GrantStatus::BAD_COPY_ARG);
         }
         // 5, 6
-        let within = |side: &CopyPtr, (first, last)| u32::from(side.offset) >= first && end(side) <= last;
-        if !within(&item.source, source_range) || !within(&item.dest, (dest.start, dest.end)) {
+        let within =
+            |side: &CopyPtr, kept: &Buffer| u32::from(side.offset) >= kept.start && end(side) <= kept.end;
+        if !within(&item.source, from) || !within(&item.dest, to) {
             return Err(GrantStatus::GENERAL_ERROR);
         }
         // 7, outside: whoever wants a table alone need not wait for the bytes
         self.leave();
         engine.hv.hook(Hook::CopyMapped);
-        engine
-            .hv
-            .copy((from, item.source.offset), (dest.mfn, item.dest.offset), item.len);
+        engine.hv.copy(
+            (from.mfn, item.source.offset),
+            (to.mfn, item.dest.offset),
+            item.len,
+        );
         if let Some((_, _, owner)) = &run.pair {
             let owner = owner.as_ref().unwrap_or(caller);
-            engine.hv.mark_dirty(owner.private(), dest.mfn);
+            engine.hv.mark_dirty(owner.private(), to.mfn);
         }
         Ok(())
     }
 
     /// Step 1: both domains, and whether the policy lets bytes go from one to the other.
+    #[inline]
     fn copy_domains(
         &mut self,
         caller: &Arc<Domain<H>>,
@@ -218,6 +225,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         Ok(())
     }
 
+    #[inline]
     fn copy_domain(
         &mut self,
         caller: &Arc<Domain<H>>,
@@ -230,14 +238,15 @@ impl<H: Hypervisor> Visit<'_, H> {
     }
 
     /// Steps 2 and 3: the kept buffer if it is for the same thing, else a new claim (spec 5.3).
+    #[inline]
     fn keep_or_claim(
         &mut self,
         caller: &Arc<Domain<H>>,
-        kept: Option<Buffer>,
+        place: &mut Option<Buffer>,
         side: &CopyPtr,
         by_grant: bool,
         access: Access,
-    ) -> Result<Buffer, GrantStatus> {
+    ) -> Result<(), GrantStatus> {
         let engine = self.engine;
         let hv = &engine.hv;
         let domid = if side.domid == DomId::SELF {
@@ -250,10 +259,10 @@ impl<H: Hypervisor> Visit<'_, H> {
         } else {
             Key::Frame(side.u)
         };
-        if let Some(kept) = kept {
-            if kept.key == key {
-                return Ok(kept);
-            }
+        if place.as_ref().is_some_and(|kept| kept.key == key) {
+            return Ok(());
+        }
+        if let Some(kept) = place.take() {
             self.drop_buffer(&kept, access);
         }
         let writes = access == Access::Write;
@@ -276,9 +285,11 @@ impl<H: Hypervisor> Visit<'_, H> {
             self.drop_buffer(&buffer, access);
             return Err(GrantStatus::GENERAL_ERROR);
         }
-        Ok(buffer)
+        *place = Some(buffer);
+        Ok(())
     }
 
+    #[inline]
     fn drop_buffers(&mut self, run: &mut Run<H>) {
         if let Some(buffer) = run.source.take() {
             self.drop_buffer(&buffer, Access::Read);
@@ -288,6 +299,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         }
     }
 
+    #[inline]
     fn drop_buffer(&mut self, buffer: &Buffer, access: Access) {
         let engine = self.engine;
         let put = || put(&engine.hv, buffer.mfn, buffer.typed);
@@ -299,6 +311,7 @@ impl<H: Hypervisor> Visit<'_, H> {
 
     /// Acquires a use of an entry by grant: one pin in it, and one reference on the frame (spec
     /// 5.4). `user` must be the grantee; `transitive` says whether a far grant may be followed.
+    #[inline]
     fn acquire(
         &mut self,
         granter: DomId,
@@ -308,13 +321,16 @@ impl<H: Hypervisor> Visit<'_, H> {
         transitive: bool,
     ) -> Result<Grip, GrantStatus> {
         for _ in 0..RESTARTS {
-            if let Ok(grip) = self.acquire_once(granter, gref, user, access, transitive)? {
-                return Ok(grip);
+            match self.acquire_once(granter, gref, user, access, transitive) {
+                Ok(grip) => return Ok(grip),
+                Err(Refused::With(status)) => return Err(status),
+                Err(Refused::Restart) => {}
             }
         }
         Err(GrantStatus::GENERAL_ERROR)
     }
 
+    #[inline]
     fn acquire_once(
         &mut self,
         granter: DomId,
@@ -322,7 +338,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         user: DomId,
         access: Access,
         transitive: bool,
-    ) -> Result<Result<Grip, Restart>, GrantStatus> {
+    ) -> Result<Grip, Refused> {
         let engine = self.engine;
         let hv = &engine.hv;
         let domain = self.enter(granter).ok_or(GrantStatus::BAD_DOMAIN)?;
@@ -335,7 +351,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             let state = entry.active.load();
             let pinned = state.is_pinned();
             if pinned && (state.grantee() != user || state.is_full_for(wanted)) {
-                return Err(GrantStatus::GENERAL_ERROR);
+                return Err(GrantStatus::GENERAL_ERROR.into());
             }
             let sufficient = suffices(state, access);
             // 3
@@ -347,7 +363,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                         continue;
                     };
                     begin_use(hv, &entry.shared, pinned, user, access, Wanted::Transitive)
-                        .map_err(|_| GrantStatus::GENERAL_ERROR)?;
+                        .map_err(|_| Refused::With(GrantStatus::GENERAL_ERROR))?;
                 }
                 // 7b
                 let allowed = transitive && engine.config.transitive && domain.limits().transitive;
@@ -355,7 +371,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                 // 7c
                 if !allowed || far.0 == granter {
                     end_attempt(&entry, state, access);
-                    return Err(GrantStatus::GENERAL_ERROR);
+                    return Err(GrantStatus::GENERAL_ERROR.into());
                 }
                 domain.table.v2_ops.fetch_add(1, Ordering::SeqCst);
                 return self.acquire_far(granter, gref, user, access, state, far);
@@ -364,7 +380,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             if sufficient {
                 // A far domain's frame is not the granter's.
                 if state.is_transitive() {
-                    return Err(GrantStatus::BAD_DOMAIN);
+                    return Err(GrantStatus::BAD_DOMAIN.into());
                 }
                 if !entry.active.add_pins(state, wanted) {
                     continue;
@@ -374,30 +390,30 @@ impl<H: Hypervisor> Visit<'_, H> {
                 if owner == Some(FrameOwner::Domain(granter)) && !domain.is_dying() {
                     let (start, end) = range_of(&entry, state);
                     let typed = None;
-                    return Ok(Ok(Grip {
+                    return Ok(Grip {
                         mfn,
                         start,
                         end,
                         typed,
-                    }));
+                    });
                 }
                 lower(domain, &entry, access);
                 if owner.is_some() {
                     hv.put_frame(mfn);
                 }
-                return Err(GrantStatus::BAD_DOMAIN);
+                return Err(GrantStatus::BAD_DOMAIN.into());
             }
             // 4
             let Some(claim) = entry.active.claim(state) else {
                 continue;
             };
             let head = begin_use(hv, &entry.shared, pinned, user, access, Wanted::Permit)
-                .map_err(|_| GrantStatus::GENERAL_ERROR)?;
+                .map_err(|_| Refused::With(GrantStatus::GENERAL_ERROR))?;
             let part = sub_page_of(&entry, head.flags);
             // Once for each few entries ever: room for what a part needs to be known by.
             if part.is_some() && entry.make_extra().is_err() {
                 end_use(&entry.shared, state, access);
-                return Err(GrantStatus::GENERAL_ERROR);
+                return Err(GrantStatus::GENERAL_ERROR.into());
             }
             let gfn = Gfn(entry.shared.load_frame());
             // A far granter's frame goes without the type, which the last step may still take.
@@ -406,7 +422,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                 Ok(resolved) => resolved,
                 Err(status) => {
                     end_use(&entry.shared, state, access);
-                    return Err(status);
+                    return Err(status.into());
                 }
             };
             if pinned {
@@ -417,16 +433,16 @@ impl<H: Hypervisor> Visit<'_, H> {
                     end_use(&entry.shared, state, access);
                     drop(claim);
                     put(hv, resolved.mfn, typed == Some(true));
-                    return Err(GrantStatus::GENERAL_ERROR);
+                    return Err(GrantStatus::GENERAL_ERROR.into());
                 }
                 let (start, end) = range_of(&entry, state);
                 claim.publish_more(wanted);
-                return Ok(Ok(Grip {
+                return Ok(Grip {
                     mfn: resolved.mfn,
                     start,
                     end,
                     typed,
-                }));
+                });
             }
             let kind = if part.is_some() {
                 UseKind::SubPage
@@ -440,17 +456,18 @@ impl<H: Hypervisor> Visit<'_, H> {
             let first = State::first(user, kind, wanted);
             let (start, end) = range_of(&entry, first);
             claim.publish_first(resolved.mfn, first);
-            return Ok(Ok(Grip {
+            return Ok(Grip {
                 mfn: resolved.mfn,
                 start,
                 end,
                 typed,
-            }));
+            });
         }
     }
 
     /// Steps 7d to 7g: the far grant is acquired for the near granter, with the near table let go,
     /// and the near entry is pinned if it still is what it was.
+    #[cold]
     fn acquire_far(
         &mut self,
         granter: DomId,
@@ -459,7 +476,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         access: Access,
         seen: State,
         far: (DomId, GrantRef),
-    ) -> Result<Result<Grip, Restart>, GrantStatus> {
+    ) -> Result<Grip, Refused> {
         let engine = self.engine;
         let hv = &engine.hv;
         self.leave();
@@ -477,35 +494,32 @@ impl<H: Hypervisor> Visit<'_, H> {
             if let Ok(inner) = inner {
                 self.release(far, access, || put(hv, inner.mfn, inner.typed == Some(true)));
             }
-            return Err(GrantStatus::BAD_DOMAIN);
+            return Err(GrantStatus::BAD_DOMAIN.into());
         };
         let entry = domain.table.view().entry_to_use(gref);
-        let settled = match (&entry, &inner) {
-            (Err(status), _) => Err(*status),
+        let pinned = match (&entry, &inner) {
+            (Err(status), _) => Err((*status).into()),
             (Ok(entry), Err(status)) => {
                 end_attempt(entry, seen, access);
-                Err(*status)
+                Err((*status).into())
             }
-            (Ok(entry), Ok(inner)) => Ok(pin_far(hv, entry, user, access, seen, far, inner.mfn)),
+            (Ok(entry), Ok(inner)) => pin_far(hv, entry, user, access, seen, far, inner.mfn),
         };
         // The first use keeps the count up for as long as it lasts (spec 2.4).
-        if !matches!(settled, Ok(Ok(()))) || seen.is_pinned() {
+        if pinned.is_err() || seen.is_pinned() {
             domain.table.v2_ops.fetch_sub(1, Ordering::SeqCst);
         }
-        match (settled, inner) {
-            (Ok(Ok(())), Ok(inner)) => Ok(Ok(inner)),
-            (Err(status), Err(_)) => Err(status),
-            (settled, inner) => {
-                if let Ok(inner) = inner {
-                    self.release(far, access, || put(hv, inner.mfn, inner.typed == Some(true)));
-                }
-                settled.map(|restart| Err(restart.err().unwrap_or(Restart)))
-            }
+        if pinned.is_err()
+            && let Ok(inner) = &inner
+        {
+            self.release(far, access, || put(hv, inner.mfn, inner.typed == Some(true)));
         }
+        pinned.and(inner.map_err(Refused::With))
     }
 
     /// Ends a use by grant (spec 5.5), and that of the far grant behind a transitive one. `put`
     /// drops what was held of the frame, after the pins and before its owner can go.
+    #[inline]
     fn release(&mut self, (granter, gref): (DomId, GrantRef), access: Access, put: impl FnOnce()) {
         let engine = self.engine;
         let Some(domain) = self.enter(granter) else {
@@ -540,6 +554,7 @@ impl<H: Hypervisor> Visit<'_, H> {
 
 /// Takes a use by grant out of an entry's pins, and out of the table's count if it was the last
 /// that depends on version 2 (spec 2.4).
+#[inline]
 fn lower<H: Hypervisor>(domain: &Domain<H>, entry: &Entry<'_>, access: Access) {
     let partial = entry.active.load().is_partial();
     let ends = |left: State| partial && !left.is_pinned();
@@ -572,6 +587,7 @@ impl Grip {
 
 /// Finds a frame and takes a reference on it, with the writable type where it is wanted and can be had
 /// along with it.
+#[inline]
 fn resolve<H: Hypervisor>(
     hv: &H,
     domain: &Domain<H>,
@@ -590,6 +606,7 @@ fn resolve<H: Hypervisor>(
 }
 
 /// Whether the uses that an entry is in need no look at the shared entry for one more.
+#[inline]
 fn suffices(state: State, access: Access) -> bool {
     state.is_pinned() && (access == Access::Read || state.is_write_pinned())
 }
@@ -597,6 +614,7 @@ fn suffices(state: State, access: Access) -> bool {
 /// A side by frame must say `DOMID_SELF`, and neither another id nor the caller's own number. Asked
 /// for every item, whatever is kept (D-1), before the side is claimed: a real Xen looks for both
 /// domains first, and claims the source before it minds what the destination says.
+#[inline]
 fn by_frame_is_own(side: &CopyPtr, by_grant: bool) -> Result<(), GrantStatus> {
     if by_grant || side.domid == DomId::SELF {
         Ok(())
@@ -607,6 +625,7 @@ fn by_frame_is_own(side: &CopyPtr, by_grant: bool) -> Result<(), GrantStatus> {
 
 /// The usable range of an entry in a given state; of a transitive one, that of its far entry,
 /// which this does not know.
+#[inline]
 fn range_of(entry: &Entry<'_>, state: State) -> (u32, u32) {
     if state.is_partial() && !state.is_transitive() {
         let (start, length) = entry.extra().range();
@@ -618,6 +637,7 @@ fn range_of(entry: &Entry<'_>, state: State) -> (u32, u32) {
 
 /// The part that a sub-page entry grants, as it is written, read once. Of the offset 15 bits are kept
 /// (spec 2.3), so that a use with more bits is never found unchanged when it is to become a write.
+#[inline]
 fn sub_page_of(entry: &Entry<'_>, flags: EntryFlags) -> Option<Extra> {
     match &entry.shared {
         SharedEntry::V2(shared) if flags.contains(EntryFlags::SUB_PAGE) => {
@@ -629,6 +649,7 @@ fn sub_page_of(entry: &Entry<'_>, flags: EntryFlags) -> Option<Extra> {
 }
 
 /// Where a transitive entry leads, read once.
+#[inline]
 fn far_of(entry: &Entry<'_>) -> (DomId, GrantRef) {
     match &entry.shared {
         SharedEntry::V2(shared) => {
@@ -664,14 +685,14 @@ fn pin_far<H: Hypervisor>(
     seen: State,
     far: (DomId, GrantRef),
     mfn: Mfn,
-) -> Result<(), Restart> {
+) -> Result<(), Refused> {
     let wanted = pins_of(access);
     let extra = Extra::transitive(far.0, far.1);
     let same_use =
         !seen.is_pinned() || (seen.is_transitive() && entry.active.mfn() == mfn && entry.extra() == extra);
     let Some(claim) = entry.active.claim(seen).filter(|_| same_use) else {
         end_attempt(entry, seen, access);
-        return Err(Restart);
+        return Err(Refused::Restart);
     };
     // Somebody else's use may have come and gone since the marks were set: set them again.
     if !suffices(seen, access)
@@ -686,14 +707,14 @@ fn pin_far<H: Hypervisor>(
         .is_err()
     {
         end_use(&entry.shared, seen, access);
-        return Err(Restart);
+        return Err(Refused::Restart);
     }
     if seen.is_pinned() {
         claim.publish_more(wanted);
     } else {
         if entry.make_extra().is_err() {
             end_use(&entry.shared, seen, access);
-            return Err(Restart);
+            return Err(Refused::Restart);
         }
         entry.set_extra(extra);
         claim.publish_first(mfn, State::first(user, UseKind::Transitive, wanted));

@@ -363,6 +363,7 @@ impl RecordClaim<'_> {
 }
 
 impl Drop for RecordClaim<'_> {
+    #[inline]
     fn drop(&mut self) {
         let word = if self.is_empty() { 0 } else { self.left.word() };
         self.slot.word.store(word, Ordering::Release);
