@@ -342,9 +342,11 @@ where
             yield_before(index, self.yield_now)?;
             let mut raw = [0; LARGEST];
             self.args.read(index, size, &mut raw)?;
-            let mut item = decoded(MapGrantRef::decode(self.abi, &raw))?;
-            visit.map_item(self.vcpu, &mut item, now);
-            item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
+            let item = decoded(MapGrantRef::decode(self.abi, &raw))?;
+            let answer = visit.map_item(self.vcpu, &item, now);
+            // An array of its own: the structure has no padding that had to stay.
+            let mut raw = [0; LARGEST];
+            answer.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
             self.args.write(index, size, &raw[..size])?;
         }
         Ok(())

@@ -75,25 +75,27 @@ impl<H: Hypervisor> Processor<'_, H> {
         let now = self.engine.hv.now();
         let mut visit = self.visit();
         for item in items {
-            visit.map_item(vcpu, item, now);
+            *item = visit.map_item(vcpu, item, now);
         }
     }
 }
 
 impl<H: Hypervisor> Visit<'_, H> {
-    #[inline]
-    pub(crate) fn map_item(&mut self, vcpu: &Vcpu<H>, item: &mut MapGrantRef, now: u64) {
+    #[inline(always)]
+    pub(crate) fn map_item(&mut self, vcpu: &Vcpu<H>, item: &MapGrantRef, now: u64) -> MapGrantRef {
         vcpu.counters().operation(Op::MapGrantRef);
-        item.status = match self.map_one(vcpu, item, now, false) {
-            Ok((handle, mfn)) => {
-                item.handle = handle;
-                item.dev_bus_addr = mfn.address();
-                GrantStatus::OKAY
-            }
-            Err(status) => status,
+        let (status, handle, dev_bus_addr) = match self.map_one(vcpu, item, now, false) {
+            Ok((handle, mfn)) => (GrantStatus::OKAY, handle, mfn.address()),
+            Err(status) => (status, item.handle, item.dev_bus_addr),
         };
         let (peer, gref) = (Some(item.dom), Some(item.gref));
-        vcpu.answer(&self.engine.hv, Op::MapGrantRef, peer, gref, item.status);
+        vcpu.answer(&self.engine.hv, Op::MapGrantRef, peer, gref, status);
+        MapGrantRef {
+            status,
+            handle,
+            dev_bus_addr,
+            ..*item
+        }
     }
 
     #[inline(always)]

@@ -331,7 +331,7 @@ impl<'a> Live<'a> {
                 .word
                 .compare_exchange(idle, idle | Record::BUSY, Ordering::AcqRel, Ordering::Acquire)
             {
-                Ok(_) => return Some(RecordClaim { slot, left: record }),
+                Ok(_) => return Some(RecordClaim { slot, left: idle }),
                 Err(found) if found == idle | Record::BUSY => spin_loop(),
                 Err(_) => return None,
             }
@@ -342,30 +342,29 @@ impl<'a> Live<'a> {
 /// A record held for one unmap. Dropped, it says what is left of the mapping.
 pub(crate) struct RecordClaim<'a> {
     slot: &'a Slot,
-    left: Record,
+    /// The record's word as it will be; kinds that were removed are missing in it.
+    left: u64,
 }
 
 impl RecordClaim<'_> {
     /// Takes a kind of mapping out of the record.
     #[inline]
     pub(crate) fn remove(&mut self, kind: MapFlags) {
-        self.left.flags.remove(kind);
+        self.left &= !(u64::from(kind.bits() & 0x7FFF) << 48);
     }
 
     /// Whether neither kind is left.
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        !self
-            .left
-            .flags
-            .intersects(MapFlags::HOST_MAP | MapFlags::DEVICE_MAP)
+        let kinds = MapFlags::HOST_MAP | MapFlags::DEVICE_MAP;
+        self.left & u64::from(kinds.bits()) << 48 == 0
     }
 }
 
 impl Drop for RecordClaim<'_> {
     #[inline]
     fn drop(&mut self) {
-        let word = if self.is_empty() { 0 } else { self.left.word() };
+        let word = if self.is_empty() { 0 } else { self.left };
         self.slot.word.store(word, Ordering::Release);
     }
 }
