@@ -55,6 +55,14 @@ fn main() -> ExitCode {
         return code;
     }
     let cli = Cli::parse();
+    if let Ok(directives) = std::env::var("GNTTAB_TRACE") {
+        // Spans of the operations that domains call: docs/tracing.md.
+        tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::new(directives))
+            .with_span_events(tracing_subscriber::fmt::format::FmtSpan::CLOSE)
+            .with_writer(std::io::stderr)
+            .init();
+    }
     let name = cli.command.name();
     let json = cli.command.wants_json();
     let outcome = match cli.command {
