@@ -40,8 +40,11 @@ struct Game {
     properties: DeviceProperties,
     queue: FrontendQueue<FakeGranter, Event>,
     liar: Option<HostileBackend>,
-    /// Requests that were seen on the ring: id, operation.
+    /// Requests on the ring that were not answered, and those that were: id, operation.
     seen: Vec<(u64, u8)>,
+    old: Vec<(u64, u8)>,
+    /// What was answered must break the device.
+    must_break: bool,
     /// Requests looked at so far.
     looked: u32,
     /// The ring's memory is as the frontend left it.
@@ -89,6 +92,8 @@ impl Game {
             queue,
             liar: None,
             seen: Vec::new(),
+            old: Vec::new(),
+            must_break: false,
             looked: 0,
             is_calm: true,
             is_broken: false,
@@ -108,8 +113,9 @@ impl Game {
         };
         self.liar = HostileBackend::new(&self.domain, self.config.abi, &ring);
         assert!(self.liar.is_some(), "a ring that was granted can be mapped");
-        (self.looked, self.is_calm, self.is_broken) = (0, true, false);
+        (self.looked, self.is_calm, self.is_broken, self.must_break) = (0, true, false, false);
         self.seen.clear();
+        self.old.clear();
         self.queue.start(self.properties);
         self.look();
     }
@@ -130,6 +136,7 @@ impl Game {
             9 => {
                 let ahead = input.pick(&[0, 1, 2, 31, 32, 33, 1 << 31, u32::MAX]);
                 if let Some(liar) = &mut self.liar {
+                    self.is_calm &= ahead == 0;
                     let now = liar.memory().load_u32(8);
                     liar.set_rsp_prod(now.wrapping_add(ahead));
                 }
@@ -174,6 +181,7 @@ impl Game {
 
     fn close(&mut self) {
         self.queue.close();
+        self.must_break = false;
         self.is_broken = false;
     }
 
@@ -230,17 +238,19 @@ impl Game {
         self.queue.kick();
         self.look();
         let lie = input.byte();
-        let known = match self.seen.len() {
+        let some = |of: &[(u64, u8)]| match of.len() {
             0 => None,
-            seen => Some(self.seen[usize::from(lie) % seen]),
+            number => Some(of[usize::from(lie) % number]),
         };
-        let (id, operation) = match (lie, known) {
-            (0..220, Some(known)) => known,
-            (220..240, Some((id, operation))) => (id ^ 1 << (input.byte() % 64), operation),
+        let (id, operation) = match (lie, some(&self.seen), some(&self.old)) {
+            (0..200, Some(known), _) | (200..220, _, Some(known)) => known,
+            (220..240, Some((id, operation)), _) => (id ^ 1 << (input.byte() % 64), operation),
+            (240..245, Some((id, operation)), _) => (id, operation ^ 1),
             _ => (input.u64(), input.byte()),
         };
-        if lie < 200 {
-            self.seen.retain(|known| known.0 != id);
+        match self.seen.iter().position(|known| *known == (id, operation)) {
+            Some(answered) => self.old.push(self.seen.swap_remove(answered)),
+            None => self.must_break |= self.is_calm && !self.is_broken && self.liar.is_some(),
         }
         let status = input.pick(&[0, 0, 0, -1, -2, 1, i16::MIN]);
         if let Some(liar) = &mut self.liar {
@@ -275,6 +285,8 @@ impl Game {
                 }
                 Ok(None) => {
                     assert!(!self.is_broken, "broken until it is closed");
+                    let waits = self.queue.is_running();
+                    assert!(!(waits && self.must_break && self.is_calm), "a lie was believed");
                     break;
                 }
                 Err(_) => {

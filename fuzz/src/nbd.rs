@@ -121,17 +121,21 @@ impl Game {
     }
 
     fn request(&mut self, input: &mut Input<'_>) {
-        let command = input.pick(&[0, 1, 0, 1, 3, 4, 6, 2, 5, 7]);
+        let command = match input.byte() {
+            250.. => wire::CMD_DISC,
+            byte => [0, 1, 0, 1, 3, 4, 6, 5, 7][usize::from(byte) % 9],
+        };
         let flags = if input.byte() < 200 { 0 } else { input.u16() };
         let unit = u64::from(self.geometry.block_size);
         let offset = match input.byte() {
-            byte @ 0..220 => u64::from(byte) * unit % SIZE,
+            byte @ 0..100 => u64::from(byte) * unit % SIZE,
+            byte @ 100..220 => SIZE.saturating_sub(u64::from(byte % 8) * unit),
             byte @ 220..240 => u64::from(byte) * 100,
             _ => input.u64(),
         };
         let length = match input.byte() {
-            byte @ 0..200 => (u32::from(byte) % 5) * self.geometry.block_size,
-            byte @ 200..240 => u32::from(byte),
+            byte @ 0..220 => (u32::from(byte) % 5) * self.geometry.block_size,
+            byte @ 220..250 => u32::from(byte),
             _ => input.u32() % (64 << 20),
         };
         let cookie = self.next_cookie;

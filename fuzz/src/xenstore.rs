@@ -64,6 +64,7 @@ const QUOTAS: Quotas = Quotas {
 pub fn run(input: &[u8]) {
     let mut input = Input::new(input);
     let mut world = World::new();
+    world.is_dom0_in = input.byte() % 4 == 0;
     for _ in 0..512 {
         if input.is_empty() {
             break;
@@ -84,7 +85,9 @@ struct Caller {
 struct World {
     store: Store,
     callers: Vec<Caller>,
-    /// The control domain has done something itself: what is where is its own affair.
+    /// The control domain joins in.
+    is_dom0_in: bool,
+    /// It has done something itself: what is where is its own affair.
     is_managed: bool,
     /// Nodes that were there before the guests.
     nodes: usize,
@@ -138,6 +141,7 @@ impl World {
         World {
             store,
             callers,
+            is_dom0_in: false,
             is_managed: false,
             nodes,
         }
@@ -146,7 +150,10 @@ impl World {
     fn step(&mut self, input: &mut Input<'_>) {
         let head = input.byte();
         // Mostly the guests: they are who is not trusted.
-        let who = [1, 2, 1, 2, 1, 2, 1, 0][usize::from(head & 7)];
+        let who = match head & 7 {
+            7 if self.is_dom0_in => 0,
+            other => usize::from(other % 2) + 1,
+        };
         match head >> 3 {
             0..24 => {
                 let kind = input.byte();
