@@ -333,7 +333,8 @@ impl Game {
         assert!(progress.served <= budget);
         let first = self.taken;
         self.taken = self.taken.wrapping_add(progress.served);
-        if !is_calm {
+        // More than a ring of them: answers lie where requests were, and under later ones.
+        if !is_calm || progress.served > self.liar.slots() {
             return self.resync();
         }
         assert!(
