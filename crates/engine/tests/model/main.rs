@@ -21,7 +21,6 @@ use std::collections::BTreeMap;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Mutex, PoisonError};
 
-use gnttab_abi::{GrantStatus, Op};
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
 
 use spec::Limits;
@@ -31,8 +30,8 @@ use world::World;
 /// Where and why the last panic was.
 static PANIC: Mutex<String> = Mutex::new(String::new());
 
-/// How often each operation had each status, in all sequences.
-type Seen = BTreeMap<(Op, GrantStatus), u32>;
+/// How often each answer was given, in all sequences.
+type Seen = BTreeMap<world::Seen, u32>;
 
 fn run(limits: &[Limits], steps: &[Step], seen: &mut Seen) -> Result<(), TestCaseError> {
     let mut world = World::new(limits);
@@ -47,7 +46,7 @@ fn run(limits: &[Limits], steps: &[Step], seen: &mut Seen) -> Result<(), TestCas
         }));
         trace = std::mem::take(&mut world.trace);
         for (what, times) in &world.seen {
-            *seen.entry(*what).or_default() += times;
+            *seen.entry(what.clone()).or_default() += times;
         }
         match checked {
             Ok(()) => world.end(),
@@ -97,8 +96,8 @@ mod tests {
             run(&limits, &steps, &mut seen.borrow_mut())
         });
         let _ = panic::take_hook();
-        for ((op, status), times) in seen.into_inner() {
-            println!("{op:?} {status}: {times}");
+        for (seen, times) in seen.into_inner() {
+            println!("{seen:?}: {times}");
         }
         if let Err(error) = done {
             panic!("seed {seed}: {error}");

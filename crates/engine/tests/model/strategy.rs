@@ -3,8 +3,8 @@
 use gnttab_engine::DomainKind;
 use proptest::prelude::*;
 
-use crate::spec::Limits;
-use crate::step::{Step, What};
+use super::spec::Limits;
+use super::step::{Step, What};
 
 fn plain() -> impl Strategy<Value = What> {
     use What::*;

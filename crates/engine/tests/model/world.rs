@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use gnttab_abi::{
-    Abi, Command, Copy, DomId, Errno, GetStatusFrames, GetVersion, Gfn, GrantStatus, MapGrantRef, Mfn, Op,
-    QuerySize, SetVersion, SetupTable, SwapGrantRef, Transfer, UnmapAndReplace, UnmapGrantRef,
+    Abi, Command, Copy, CopyFlags, DomId, Errno, GetStatusFrames, GetVersion, Gfn, GrantStatus, MapGrantRef,
+    Mfn, Op, QuerySize, SetVersion, SetupTable, SwapGrantRef, Transfer, UnmapAndReplace, UnmapGrantRef,
 };
 use gnttab_engine::machine::{Audit, Machine, P2mEntry, PageOwner};
 use gnttab_engine::{
@@ -184,6 +184,16 @@ fn hypercall(engine: &Engine<Machine>, domain: &Dom, manner: Manner, request: &R
 /// Something that happens in the middle of an operation of somebody else.
 pub(crate) type Meanwhile<'a> = &'a mut dyn FnMut(&mut World);
 
+/// An answer: to which operation, about a table of which version, to a caller of which kind.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Seen {
+    pub(crate) op: Op,
+    pub(crate) version: u32,
+    pub(crate) kind: &'static str,
+    /// A status's name, or an errno's with its sign.
+    pub(crate) answer: String,
+}
+
 /// See the module.
 pub(crate) struct World {
     pub(crate) machine: Machine,
@@ -196,8 +206,8 @@ pub(crate) struct World {
     pub(crate) table_frames: Vec<Mfn>,
     /// What was done, in words.
     pub(crate) trace: Vec<String>,
-    /// How often each operation had each status.
-    pub(crate) seen: BTreeMap<(Op, GrantStatus), u32>,
+    /// How often which answer was given.
+    pub(crate) seen: BTreeMap<Seen, u32>,
     in_flight: bool,
     /// Who is in the middle of something.
     pub(crate) caller: Option<DomId>,
@@ -493,6 +503,9 @@ impl World {
         drop((cpu, vcpu));
         let answer = self.model.door(l, abi, command, count);
         self.note(format!("{l} calls {command:#x} {count}, {abi:?} -> {answer:?}"));
+        if let (Some(op), Err(errno)) = (Op::from_number(command & 0xFFF), answer) {
+            self.saw(l, op, l, format!("-{}", errno.name()));
+        }
         same("the door's answer", outcome, Outcome::Done(answer));
     }
 
@@ -514,17 +527,51 @@ impl World {
         hypercall(&self.engine, &self.there(l), manner, request)
     }
 
+    /// Remembers an answer to `l` about the table of `about`; its own if there is no such domain.
+    fn saw(&mut self, l: DomId, op: Op, about: DomId, answer: String) {
+        let caller = &self.model.doms[&l];
+        let kind = match caller.kind {
+            DomainKind::Pv => "PV",
+            DomainKind::Hvm => "HVM",
+            DomainKind::Arm => "Arm",
+        };
+        let version = self.model.doms.get(&about).unwrap_or(caller).version;
+        let seen = Seen {
+            op,
+            version,
+            kind,
+            answer,
+        };
+        *self.seen.entry(seen).or_default() += 1;
+    }
+
+    fn saw_status(&mut self, l: DomId, op: Op, about: DomId, status: GrantStatus) {
+        self.saw(l, op, about, status_name(status));
+    }
+
+    fn saw_result<E>(
+        &mut self,
+        l: DomId,
+        op: Op,
+        about: DomId,
+        result: Result<(), E>,
+        name: impl Fn(E) -> String,
+    ) {
+        self.saw(l, op, about, result.map_or_else(name, |()| "okay".to_owned()));
+    }
+
     /// Compares what a batch left in the guest's memory.
     fn compare(
         &mut self,
+        l: DomId,
         op: Op,
         called: &Called,
         expected: &[u8],
         manner: Manner,
         statuses: &[GrantStatus],
     ) {
-        for status in statuses {
-            *self.seen.entry((op, *status)).or_default() += 1;
+        if manner.trouble != Trouble::None {
+            self.saw(l, op, l, "-EFAULT".to_owned());
         }
         let names: Vec<String> = statuses.iter().map(ToString::to_string).collect();
         self.note(format!("  -> {}", names.join(", ")));
@@ -581,13 +628,14 @@ impl World {
                 }
                 Err(status) => status,
             };
+            self.saw_status(l, Op::MapGrantRef, item.dom, after.status);
             self.model.sweep();
             statuses.push(after.status);
             if index < written {
                 after.encode(manner.abi, &mut expected[here]).unwrap();
             }
         }
-        self.compare(request.op, &called, &expected, manner, &statuses);
+        self.compare(l, request.op, &called, &expected, manner, &statuses);
     }
 
     /// The handle of a mapping that the guest was never told (spec 3.3: a fault on writing back).
@@ -670,10 +718,16 @@ impl World {
                 request,
             );
             same("unmap_and_replace by HVM", called.result, Err(Errno::NoSys));
+            self.saw(l, request.op, l, "-ENOSYS".to_owned());
             return same("its arguments", called.bytes, request.bytes.clone());
         }
         let (executed, written) = manner.trouble.limits(requests.len());
         let requests = &requests[..executed];
+        let granter = |request: &UnmapRequest| {
+            let record = self.model.doms[&l].maptrack.get(&request.handle);
+            record.map_or(l, |record| record.granter)
+        };
+        let granters: Vec<DomId> = requests.iter().map(granter).collect();
         let (called, statuses) = self.around(
             l,
             manner,
@@ -686,10 +740,13 @@ impl World {
         for (index, status) in statuses[..written].iter().enumerate() {
             Self::put_status(&mut expected, index * request.size + 20, *status);
         }
+        for (granter, status) in granters.into_iter().zip(&statuses) {
+            self.saw_status(l, request.op, granter, *status);
+        }
         let maptrack = &self.model.doms[&l].maptrack;
         self.mapped_at
             .retain(|(dom, handle), _| *dom != l || maptrack.contains_key(handle));
-        self.compare(request.op, &called, &expected, manner, &statuses);
+        self.compare(l, request.op, &called, &expected, manner, &statuses);
     }
 
     /// Makes a call on both sides. With a `meanwhile`, and if the model says that the call comes to
@@ -768,7 +825,8 @@ impl World {
             assert!(meanwhile.is_none(), "one thing at a time");
             let called = self.call(l, manner, &request);
             let statuses = self.copy_on_model(l, &items[..executed], &called.restarts);
-            return self.compare_copy(&called, &request, manner, &statuses, written);
+            self.saw_copies(l, &items[..executed], &statuses);
+            return self.compare_copy(l, &called, &request, manner, &statuses, written);
         };
         let items = &items[..executed];
         let (called, statuses) = self.around(
@@ -779,15 +837,29 @@ impl World {
             meanwhile,
             |model, between| run_copies(model, l, items, &restarts, Some(between)),
         );
-        self.compare_copy(&called, &request, manner, &statuses, written);
+        self.saw_copies(l, items, &statuses);
+        self.compare_copy(l, &called, &request, manner, &statuses, written);
     }
 
     fn copy_on_model(&mut self, l: DomId, items: &[Copy], restarts: &[usize]) -> Vec<GrantStatus> {
         run_copies(&mut self.model, l, items, restarts, None)
     }
 
+    /// About the source's table if it is by grant, else the destination's.
+    fn saw_copies(&mut self, l: DomId, items: &[Copy], statuses: &[GrantStatus]) {
+        for (item, status) in items.iter().zip(statuses) {
+            let about = if item.flags.contains(CopyFlags::SOURCE_GREF) {
+                item.source.domid
+            } else {
+                item.dest.domid
+            };
+            self.saw_status(l, Op::Copy, about, *status);
+        }
+    }
+
     fn compare_copy(
         &mut self,
+        l: DomId,
         called: &Called,
         request: &Request,
         manner: Manner,
@@ -806,7 +878,7 @@ impl World {
                 self.model.write(mfn, from, &bytes);
             }
         }
-        self.compare(request.op, called, &expected, manner, statuses);
+        self.compare(l, request.op, called, &expected, manner, statuses);
     }
 
     pub(crate) fn swap(&mut self, l: DomId, manner: Manner, items: &[SwapGrantRef]) {
@@ -821,11 +893,14 @@ impl World {
         let statuses: Vec<_> = swaps
             .map(|done| done.err().unwrap_or(GrantStatus::OKAY))
             .collect();
+        for status in &statuses {
+            self.saw_status(l, Op::SwapGrantRef, l, *status);
+        }
         let mut expected = request.bytes.clone();
         for (index, status) in statuses[..written].iter().enumerate() {
             Self::put_status(&mut expected, index * size + 8, *status);
         }
-        self.compare(request.op, &called, &expected, manner, &statuses);
+        self.compare(l, request.op, &called, &expected, manner, &statuses);
     }
 
     pub(crate) fn transfer(&mut self, l: DomId, manner: Manner, item: Transfer) {
@@ -841,10 +916,12 @@ impl World {
             DomainKind::Arm => Some(Errno::OpNotSupp),
         };
         if let Some(errno) = refused {
+            self.saw(l, Op::Transfer, l, format!("-{}", errno.name()));
             same("a transfer by a translated domain", called.result, Err(errno));
             return same("its arguments", called.bytes, request.bytes);
         }
         let status = self.model.transfer(l, &item).err().unwrap_or(GrantStatus::OKAY);
+        self.saw_status(l, Op::Transfer, item.domid, status);
         self.model.sweep();
         let mut expected = request.bytes.clone();
         Self::put_status(
@@ -852,7 +929,7 @@ impl World {
             if manner.abi == Abi::X86_32 { 12 } else { 16 },
             status,
         );
-        self.compare(request.op, &called, &expected, manner, &[status]);
+        self.compare(l, request.op, &called, &expected, manner, &[status]);
     }
 
     /// What setup_table and get_status_frames leave: a status and a list.
@@ -906,6 +983,13 @@ impl World {
         let now = self.table_of(if dom == DomId::SELF { l } else { dom });
         let list = self.model.setup_table(l, dom, nr_frames, &now);
         self.note(format!("  -> {list:x?}"));
+        self.saw_result(
+            l,
+            Op::SetupTable,
+            dom,
+            list.as_ref().map(drop).map_err(|e| *e),
+            status_name,
+        );
         self.table_frames.extend(now.shared.into_iter().chain(now.status));
         Self::compare_list(manner, &request, called, 8, list);
     }
@@ -925,9 +1009,17 @@ impl World {
         request.bytes.extend([0xEE; 128]);
         if self.model.doms[&l].kind == DomainKind::Hvm {
             let called = self.call(l, manner, &request);
+            self.saw(l, Op::GetStatusFrames, dom, "-ENOSYS".to_owned());
             return same("get_status_frames by HVM", called.result, Err(Errno::NoSys));
         }
         let list = self.model.get_status_frames(l, dom, nr_frames);
+        self.saw_result(
+            l,
+            Op::GetStatusFrames,
+            dom,
+            list.as_ref().map(drop).map_err(|e| *e),
+            status_name,
+        );
         let called = self.call_noted(l, manner, &request, &list);
         Self::compare_list(manner, &request, called, 6, list);
     }
@@ -941,7 +1033,9 @@ impl World {
         };
         let encode = |item: &QuerySize, bytes: &mut [u8]| item.encode(manner.abi, bytes).unwrap();
         let request = Self::request(Op::QuerySize, QuerySize::size(manner.abi), &[item], encode);
-        match self.model.query_size(l, dom) {
+        let answer = self.model.query_size(l, dom);
+        self.saw_result(l, Op::QuerySize, dom, answer.map(drop), status_name);
+        match answer {
             Ok((frames, max)) => (item.nr_frames, item.max_nr_frames) = (frames, max),
             Err(status) => item.status = status,
         }
@@ -959,6 +1053,7 @@ impl World {
         let encode = |item: &GetVersion, bytes: &mut [u8]| item.encode(manner.abi, bytes).unwrap();
         let request = Self::request(Op::GetVersion, GetVersion::size(manner.abi), &[item], encode);
         let answer = self.model.get_version(l, dom);
+        self.saw_result(l, Op::GetVersion, dom, answer.map(drop), errno_name);
         if let Ok(version) = answer {
             item.version = version;
         }
@@ -980,12 +1075,7 @@ impl World {
         let answer = self.model.set_version(l, version, &now);
         self.model.sweep();
         self.note(format!("  -> {answer:?}"));
-        let status = if answer.is_ok() {
-            GrantStatus::OKAY
-        } else {
-            GrantStatus::GENERAL_ERROR
-        };
-        *self.seen.entry((Op::SetVersion, status)).or_default() += 1;
+        self.saw_result(l, Op::SetVersion, l, answer, errno_name);
         self.table_frames.extend(now.status);
         item.version = self.model.doms[&l].version;
         let expected = Self::request(Op::SetVersion, request.size, &[item], encode).bytes;
@@ -1153,6 +1243,14 @@ impl World {
 }
 
 type Status<T> = Result<T, GrantStatus>;
+
+fn status_name(status: GrantStatus) -> String {
+    status.name().unwrap_or("unknown").to_owned()
+}
+
+fn errno_name(errno: Errno) -> String {
+    format!("-{}", errno.name())
+}
 
 fn run_copies(
     model: &mut Model,
