@@ -16,6 +16,12 @@ use crate::script::{PAGES, SPARES};
 /// What the guest prints before the frame number, in hexadecimal.
 pub const GREETING: &str = "gnttab-conformance: mailbox ";
 
+/// [`PAGES`] and [`SPARES`], as lengths.
+#[expect(clippy::cast_possible_truncation, reason = "a few dozen")]
+const OWN_PAGES: usize = PAGES as usize;
+#[expect(clippy::cast_possible_truncation, reason = "a few dozen")]
+const OWN_SPARES: usize = SPARES as usize;
+
 /// Header word: number of the batch asked for.
 pub const REQUEST: usize = 1;
 /// Header word: number of the batch answered.
@@ -64,9 +70,9 @@ pub struct Meeting {
     /// Its page of words.
     pub words: u64,
     /// Its pages that scripts name.
-    pub pages: [u64; PAGES as usize],
+    pub pages: [u64; OWN_PAGES],
     /// Pages that nobody maps, for transfers: the kernel's own, then its.
-    pub spares: [u64; SPARES as usize],
+    pub spares: [u64; OWN_SPARES],
     /// Its pages of arguments.
     pub arguments: [u64; AREA_PAGES],
     /// Its pages of lists.
@@ -77,7 +83,7 @@ pub struct Meeting {
 
 impl Meeting {
     /// How many words there are.
-    pub const WORDS: usize = 3 + PAGES as usize + SPARES as usize + 2 * AREA_PAGES;
+    pub const WORDS: usize = 3 + OWN_PAGES + OWN_SPARES + 2 * AREA_PAGES;
 
     /// In one row.
     #[must_use]
