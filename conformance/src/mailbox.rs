@@ -16,11 +16,12 @@ use crate::script::{PAGES, SPARES};
 /// What the guest prints before the frame number, in hexadecimal.
 pub const GREETING: &str = "gnttab-conformance: mailbox ";
 
-/// [`PAGES`] and [`SPARES`], as lengths.
+/// [`PAGES`], as a length.
 #[expect(clippy::cast_possible_truncation, reason = "a few dozen")]
-const OWN_PAGES: usize = PAGES as usize;
+pub const OWN_PAGES: usize = PAGES as usize;
+/// [`SPARES`], as a length.
 #[expect(clippy::cast_possible_truncation, reason = "a few dozen")]
-const OWN_SPARES: usize = SPARES as usize;
+pub const OWN_SPARES: usize = SPARES as usize;
 
 /// Header word: number of the batch asked for.
 pub const REQUEST: usize = 1;

@@ -6,7 +6,8 @@ use std::fmt::Write;
 use fastrand::Rng;
 use gnttab_abi::Op;
 use gnttab_conformance::mailbox::Meeting;
-use gnttab_conformance::script::{CallHead, Head, OTHER, PAGES, Place, SPARES, Step, Value, fields};
+use gnttab_conformance::mailbox::{OWN_PAGES, OWN_SPARES};
+use gnttab_conformance::script::{CallHead, Head, OTHER, Place, Step, Value, fields};
 use gnttab_engine::Reference;
 use serde::Serialize;
 
@@ -121,20 +122,20 @@ pub(crate) fn reference_of(xen: u32) -> Reference {
 
 /// The second domain, and pages of both for transfers.
 fn make_other(xen: &mut RealXen) -> Result<Meeting, XenError> {
-    const HALF: usize = SPARES as usize / 2;
+    const HALF: usize = OWN_SPARES / 2;
     let plan = Plan {
         id: OTHER,
         vcpus: 1,
         grant_frames: None,
         maptrack_frames: None,
         version: 2,
-        pages: PAGES as usize + HALF,
+        pages: OWN_PAGES + HALF,
     };
     let other = Puppet::create(xen, &plan)?;
     let mut spares = [0; 2 * HALF];
     new_pages(xen, &mut spares[..HALF])?;
     for (at, spare) in spares[HALF..].iter_mut().enumerate() {
-        *spare = other.page(PAGES as usize + at);
+        *spare = other.page(OWN_PAGES + at);
     }
     for spare in spares {
         xen.write(spare << 12, &[0; 4096])?;

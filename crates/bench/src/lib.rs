@@ -9,7 +9,7 @@
 //! locked operation each. Left out, as from every figure of Xen's that stands beside ours: the way from the
 //! guest into the hypervisor, translation shoot-downs, nested page walks.
 //!
-//! How a figure comes about ([`sampler`]): many short rounds, in each of them first `L` (an uncontended
+//! How a figure comes about (`sampler`): many short rounds, in each of them first `L` (an uncontended
 //! locked compare-exchange), then the limit that the case is held against, then the case. The figure is the
 //! least of its rounds, since everything that disturbs a round makes it longer; beside it the median, and
 //! the spread, by which a figure that cannot be trusted gives itself away.
