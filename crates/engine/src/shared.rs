@@ -4,7 +4,9 @@
 //! 1. Every access is one atomic of the width that the interface gives the word: 32 bits for the
 //!    head of an entry, 32 for a version 1 frame, 64 for a version 2 frame, 16 for a status word.
 //! 2. What was read is what is judged. No function here reads a word twice for one answer.
-//! 3. No reference to plain bytes of a page is ever formed; the guest may write at any instant.
+//! 3. No reference to plain bytes of a page is ever formed; the guest may write at any instant. Content
+//!    is moved by an instruction of the processor or by atomics, which both have a meaning then: a plain
+//!    access of the language has none.
 //! 4. An index is checked against the page before it becomes an address, and masked, so that a
 //!    mispredicted check reaches no other memory either.
 
@@ -18,6 +20,8 @@
 
 #[cfg(not(loom))]
 use core::cell::UnsafeCell;
+#[cfg(all(not(loom), any(miri, not(target_arch = "x86_64"))))]
+use core::sync::atomic::AtomicU8;
 
 #[cfg(not(loom))]
 use gnttab_abi::PAGE_SIZE;
@@ -113,7 +117,7 @@ impl PageWords {
     }
 }
 
-// SAFETY: every access to the bytes goes through atomics or through `copy`, whose contract allows
+// SAFETY: every access to the bytes goes through atomics or through `carry`, which both allow
 // concurrent writers; no reference to the bytes is ever handed out.
 #[cfg(not(loom))]
 unsafe impl Sync for PageWords {}
@@ -130,6 +134,15 @@ impl PageWords {
     #[must_use]
     pub const fn as_ptr(&self) -> *mut u8 {
         self.0.get().cast()
+    }
+
+    #[cfg(any(miri, not(target_arch = "x86_64")))]
+    #[inline]
+    fn u8(&self, index: usize) -> &AtomicU8 {
+        let index = index & (PAGE_SIZE - 1);
+        // SAFETY: the masked index lies within the page, it lives as long as `self`, and all access
+        // to it is atomic.
+        unsafe { &*self.as_ptr().cast::<AtomicU8>().wrapping_add(index) }
     }
 
     #[inline]
@@ -159,7 +172,7 @@ impl PageWords {
         self.u64(slot * 2 + 1)
     }
 
-    /// Reads `N` bytes at `offset`, byte by byte; `None` past the end of the page. For argument
+    /// Reads `N` bytes at `offset`, in any order; `None` past the end of the page. For argument
     /// structures and observers, not for entries.
     #[must_use]
     pub fn read_bytes<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
@@ -174,9 +187,15 @@ impl PageWords {
         if offset > PAGE_SIZE || into.len() > PAGE_SIZE - offset {
             return false;
         }
-        let from = self.as_ptr().wrapping_add(offset);
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
         // SAFETY: the range was checked to lie in the page; `into` is exclusive memory elsewhere.
-        unsafe { core::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
+        unsafe {
+            carry(self.as_ptr().wrapping_add(offset), into.as_mut_ptr(), into.len());
+        }
+        #[cfg(any(miri, not(target_arch = "x86_64")))]
+        for (at, byte) in into.iter_mut().enumerate() {
+            *byte = self.u8(offset + at).load(Ordering::Relaxed);
+        }
         true
     }
 
@@ -187,9 +206,15 @@ impl PageWords {
         if offset > PAGE_SIZE || bytes.len() > PAGE_SIZE - offset {
             return false;
         }
-        let to = self.as_ptr().wrapping_add(offset);
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
         // SAFETY: the range was checked to lie in the page, which `&self` lets anybody write.
-        unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        unsafe {
+            carry(bytes.as_ptr(), self.as_ptr().wrapping_add(offset), bytes.len());
+        }
+        #[cfg(any(miri, not(target_arch = "x86_64")))]
+        for (at, byte) in bytes.iter().enumerate() {
+            self.u8(offset + at).store(*byte, Ordering::Relaxed);
+        }
         true
     }
 
@@ -203,9 +228,28 @@ impl PageWords {
         if from + len > PAGE_SIZE || to + len > PAGE_SIZE {
             return false;
         }
-        let (from, to) = (source.as_ptr().wrapping_add(from), dest.as_ptr().wrapping_add(to));
-        // SAFETY: both ranges were checked to lie in their pages; `copy` allows overlap.
-        unsafe { core::ptr::copy(from, to, len) };
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        // SAFETY: both ranges were checked to lie in their pages, which anybody may write.
+        unsafe {
+            carry(
+                source.as_ptr().wrapping_add(from),
+                dest.as_ptr().wrapping_add(to),
+                len,
+            );
+        }
+        #[cfg(any(miri, not(target_arch = "x86_64")))]
+        {
+            let aligned = from.is_multiple_of(8) && to.is_multiple_of(8);
+            let words = if aligned { len / 8 } else { 0 };
+            for at in 0..words {
+                let word = source.u64(from / 8 + at).load(Ordering::Relaxed);
+                dest.u64(to / 8 + at).store(word, Ordering::Relaxed);
+            }
+            for at in words * 8..len {
+                let byte = source.u8(from + at).load(Ordering::Relaxed);
+                dest.u8(to + at).store(byte, Ordering::Relaxed);
+            }
+        }
         true
     }
 
@@ -214,6 +258,28 @@ impl PageWords {
         for i in 0..PAGE_SIZE / 8 {
             self.u64(i).store(0, Ordering::Relaxed);
         }
+    }
+}
+
+/// Moves bytes, upwards, by one instruction: it has a meaning whatever is written meanwhile, also to
+/// the same bytes, which an access of the language has not.
+///
+/// # Safety
+///
+/// `from` can be read and `to` written for `len` bytes, and nobody but the holders of a [`PageWords`]
+/// reaches them meanwhile.
+#[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+#[inline]
+unsafe fn carry(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: the caller's promise; the direction flag is clear wherever Rust code runs.
+    unsafe {
+        core::arch::asm!(
+            "rep movsb",
+            inout("rcx") len => _,
+            inout("rsi") from => _,
+            inout("rdi") to => _,
+            options(nostack, preserves_flags),
+        );
     }
 }
 
@@ -417,5 +483,70 @@ impl<'a> SharedV2<'a> {
             .u64(self.slot * 2)
             .store(u64::from_le_bytes([a, b, c, d, e, f, g, h]), Ordering::Relaxed);
         self.store_frame(entry.frame);
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use alloc::vec;
+    use alloc::vec::Vec;
+
+    use super::PageWords;
+
+    /// A page whose neighbouring bytes all differ.
+    fn numbered() -> (PageWords, Vec<u8>) {
+        let bytes: Vec<u8> = (0..4096_u32)
+            .map(|at| (at * 7 + at / 256).to_le_bytes()[0])
+            .collect();
+        let page = PageWords::zeroed();
+        assert!(page.write(0, &bytes));
+        (page, bytes)
+    }
+
+    fn content(page: &PageWords) -> Vec<u8> {
+        let mut bytes = vec![0; 4096];
+        assert!(page.read(0, &mut bytes));
+        bytes
+    }
+
+    #[test]
+    fn whatever_the_alignment_the_bytes_named_move_and_no_others() {
+        let (page, bytes) = numbered();
+        for (from, to) in [(0, 0), (8, 16), (16, 8), (3, 8), (8, 3), (5, 13), (4000, 1)] {
+            for len in [0, 1, 7, 8, 9, 16, 63, 64, 65, 96] {
+                let (at, end, there) = (usize::from(from), usize::from(from + len), usize::from(to));
+                let mut expected = vec![0; 4096];
+                expected[there..there + usize::from(len)].copy_from_slice(&bytes[at..end]);
+
+                let dest = PageWords::zeroed();
+                assert!(PageWords::copy(&page, from, &dest, to, len));
+                assert_eq!(content(&dest), expected, "copy of {len} from {from} to {to}");
+
+                let dest = PageWords::zeroed();
+                let mut taken = vec![0; usize::from(len)];
+                assert!(page.read(at, &mut taken));
+                assert!(dest.write(there, &taken));
+                assert_eq!(content(&dest), expected, "{len} read at {from}, written at {to}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_would_pass_the_end_is_not_begun() {
+        let (page, bytes) = numbered();
+        for (at, len) in [(4096, 1), (4095, 2), (0, 4097), (4097, 0), (usize::MAX, 2)] {
+            let mut into = vec![0xEE; len];
+            assert!(!page.read(at, &mut into));
+            assert!(into.iter().all(|byte| *byte == 0xEE));
+            assert!(!page.write(at, &into));
+        }
+        let other = PageWords::zeroed();
+        for (from, to, len) in [(1, 0, 4096), (0, 1, 4096), (u16::MAX, 0, 1), (0, 0, u16::MAX)] {
+            assert!(!PageWords::copy(&other, from, &page, to, len));
+        }
+        assert_eq!(content(&page), bytes);
+        assert!(PageWords::copy(&page, 0, &other, 0, 4096));
+        assert_eq!(content(&other), bytes);
     }
 }
