@@ -11,8 +11,8 @@ use crate::monitor::{DomainInfo, Filter, MachineInfo};
 
 /// How long a machine may take to answer.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Bytes of an answer: a table of the largest size that can be, as JSON, is below it.
-const ANSWER: u64 = 1 << 32;
+/// Bytes of an answer: a table of 1024 frames that is full and mapped, as JSON, is below it.
+const ANSWER: u64 = 1 << 28;
 
 /// Why a machine did not answer.
 #[derive(Debug, thiserror::Error)]

@@ -103,7 +103,35 @@ pub fn decode_question(line: &[u8]) -> Result<Question, String> {
 /// # Errors
 /// What is wrong with it.
 pub fn decode_answer(line: &[u8]) -> Result<Answer, String> {
+    if !is_printable(line) {
+        return Err("not an answer: there are control characters in it".to_owned());
+    }
     decode(line, "an answer")
+}
+
+/// Whether no control character is in any of a line's strings, as itself or escaped: a terminal would do what they say.
+fn is_printable(line: &[u8]) -> bool {
+    let Ok(text) = str::from_utf8(line) else {
+        return false;
+    };
+    let mut letters = text.strip_suffix('\n').unwrap_or(text).chars();
+    while let Some(letter) = letters.next() {
+        let means = match letter {
+            '\\' => match letters.next() {
+                Some('u') => {
+                    let digits: String = letters.by_ref().take(4).collect();
+                    u32::from_str_radix(&digits, 16).ok().and_then(char::from_u32)
+                }
+                Some('b' | 'f' | 'n' | 'r' | 't') => return false,
+                other => other,
+            },
+            letter => Some(letter),
+        };
+        if means.is_some_and(char::is_control) {
+            return false;
+        }
+    }
+    true
 }
 
 fn decode<'a, T: Deserialize<'a>>(line: &'a [u8], what: &str) -> Result<T, String> {
@@ -126,6 +154,18 @@ fn decode<'a, T: Deserialize<'a>>(line: &'a [u8], what: &str) -> Result<T, Strin
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_answer_cannot_make_a_terminal_do_things() {
+        for why in ["\u{1b}[2J", "\u{7f}", "\u{9b}2J", "two\nlines", "a\tb"] {
+            let error = decode_answer(&encode(&Answer::Error(why.to_owned()))).unwrap_err();
+            assert!(error.contains("control characters"), "{error}");
+        }
+        let told = Answer::Error("\"é\" \\ is no name".to_owned());
+        assert_eq!(decode_answer(&encode(&told)), Ok(told));
+        let escaped = br#"{"version":1,"content":{"error":"a\u001bb"}}"#;
+        assert!(decode_answer(escaped).unwrap_err().contains("control characters"));
+    }
 
     #[test]
     fn lines_come_back_as_written() {
