@@ -2,6 +2,8 @@
 
 #![expect(clippy::tests_outside_test_module, reason = "a file of tests is no module")]
 
+mod schema;
+
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -24,7 +26,7 @@ fn gnttab(folder: &Path, args: &[&str]) -> (Option<i32>, String, String) {
 fn json(folder: &Path, args: &[&str]) -> Value {
     let (status, out, err) = gnttab(folder, args);
     assert_eq!(status, Some(0), "{args:?}: {err}");
-    serde_json::from_str(&out).unwrap()
+    schema::line(&out)
 }
 
 const MACHINE: &str = r#"
@@ -60,7 +62,7 @@ impl Machine {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut storage = 0;
         loop {
-            let event: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+            let event = schema::line(&lines.next().unwrap().unwrap());
             if event["name"] == "storage" {
                 storage = u32::try_from(event["pid"].as_u64().unwrap()).unwrap();
             }
@@ -284,7 +286,7 @@ fn a_description_that_is_wrong_is_refused_with_its_line() {
     std::fs::write(folder.join("p.toml"), low).unwrap();
     let (status, out, err) = gnttab(folder, &["plan", "p.toml", "--json"]);
     assert_eq!(status, Some(1));
-    let plan: Value = serde_json::from_str(&out).unwrap();
+    let plan = schema::line(&out);
     assert_eq!(
         (&plan["fits"], &plan["domains"][0]["grant_frames"]),
         (&false.into(), &2.into())

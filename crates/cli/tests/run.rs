@@ -2,6 +2,8 @@
 
 #![expect(clippy::tests_outside_test_module, reason = "a file of tests is no module")]
 
+mod schema;
+
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -28,7 +30,7 @@ impl Machine {
     }
 
     fn event(&mut self, name: &str) -> Value {
-        let event: Value = serde_json::from_str(&self.lines.next().expect("a line").unwrap()).unwrap();
+        let event = schema::line(&self.lines.next().expect("a line").unwrap());
         assert_eq!(event["event"], name, "{event}");
         event
     }

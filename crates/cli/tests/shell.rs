@@ -2,6 +2,8 @@
 
 #![expect(clippy::tests_outside_test_module, reason = "a file of tests is no module")]
 
+mod schema;
+
 use std::io::{BufRead as _, BufReader, Lines, Write as _};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -20,9 +22,7 @@ fn play(script: &str) -> Vec<Value> {
     let err = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(0), "{err}");
     let out = String::from_utf8(output.stdout).unwrap();
-    out.lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect()
+    out.lines().map(schema::line).collect()
 }
 
 #[track_caller]
@@ -162,7 +162,7 @@ impl Machine {
         let last = if join { "joinable" } else { "started" };
         let machine = Machine(child);
         loop {
-            let event: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+            let event = schema::line(&lines.next().unwrap().unwrap());
             if event["event"] == last {
                 return machine;
             }
@@ -211,7 +211,7 @@ impl Side {
     #[track_caller]
     fn hears(&mut self, event: &str) -> Value {
         let line = self.lines.next().expect("a line").unwrap();
-        let heard: Value = serde_json::from_str(&line).unwrap();
+        let heard = schema::line(&line);
         assert_eq!(heard["event"], event, "{heard}");
         heard
     }
@@ -331,7 +331,7 @@ fn the_shell_joins_a_running_machine() {
     let mut shell = Side::start(folder, &["shell", "--running"]);
     let mut step = |line: &str| -> Value {
         shell.say(line);
-        serde_json::from_str(&shell.lines.next().expect("a line").unwrap()).unwrap()
+        schema::line(&shell.lines.next().expect("a line").unwrap())
     };
     done(&step("domains"), true, "d3");
     done(&step("hand1 version 2"), true, "version 2");

@@ -2,6 +2,8 @@
 
 #![expect(clippy::tests_outside_test_module, reason = "a file of tests is no module")]
 
+mod schema;
+
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -44,10 +46,7 @@ impl Trouble {
     fn json(&self, args: &[&str]) -> Vec<Value> {
         let output = self.run(args);
         let lines = String::from_utf8(output.stdout).unwrap();
-        lines
-            .lines()
-            .map(|line| serde_json::from_str(line).unwrap())
-            .collect()
+        lines.lines().map(schema::line).collect()
     }
 
     /// Looks until everything has gone wrong that will.
@@ -111,7 +110,7 @@ fn doctor_top_and_watch_each_find_what_is_wrong_by_name() {
         "problem, full: d3 hoarder: its grant table is full: 504 of 504 references",
         "problem, refused: d4 knocker: is refused",
         "mostly bad_gntref",
-        "warning, quota: d2 lender: its consumer vif0 has 8 of the 8 references",
+        "warning, quota: d2 lender: its consumer vif0 has 8 of its 8 references, refused once",
         "grant-frames = 2",
     ] {
         assert!(text.contains(words), "no '{words}' in:\n{text}");
@@ -200,7 +199,7 @@ fn who_watches_hears_of_deaths_and_of_the_machines_end() {
     assert!(!trouble.machine.wait().unwrap().success());
     let output = watch.wait_with_output().unwrap();
     let lines = String::from_utf8(output.stdout).unwrap();
-    let event: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    let event = schema::line(lines.lines().next().unwrap());
     assert_eq!(
         (&event["domain"], &event["detail"]),
         (&Value::from(3), &Value::from("killed by signal 9"))

@@ -4,5 +4,7 @@
 
 mod client;
 mod kill;
+#[path = "../schema/mod.rs"]
+mod schema;
 mod served;
 mod tools;

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::schema;
+
 /// `gnttab disk` in a process, serving an image in a folder of its own. Killed when dropped.
 pub(crate) struct Served {
     pub(crate) folder: tempfile::TempDir,
@@ -111,7 +113,7 @@ impl Drop for Served {
 fn read_event(out: &mut impl std::io::BufRead) -> Value {
     let mut line = String::new();
     out.read_line(&mut line).unwrap();
-    serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error} in: {line:?}"))
+    schema::line(&line)
 }
 
 /// Sends a signal to a process that this test started.

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::client::{Client, pattern};
+use super::schema;
 use super::served::{Served, have, run};
 
 /// An ext4 file system of 64 MiB with this crate's sources in it.
@@ -156,7 +157,7 @@ fn dump_shows_who_granted_what_to_whom() {
     };
     let (status, out, err) = dump(&["frontend", "--json"]);
     assert_eq!(status, Some(0), "{err}");
-    let table: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let table = schema::line(&out);
     let entries = table["entries"].as_array().unwrap();
     let backend = table["entries"][0]["grantee"].as_u64().unwrap();
     assert!(
