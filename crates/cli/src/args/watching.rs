@@ -54,7 +54,8 @@ pub(crate) struct Which {
 Examples:
   gnttab top                                        q leaves, ? helps, Enter shows a domain's entries
   gnttab top --batch --interval 5 --count 12        a minute of lines
-  gnttab top --batch --json | jq '.findings[]'      what is wrong, as it becomes so")]
+  gnttab top --batch --json | jq '.findings[]'      what is wrong, as it becomes so
+  gnttab top --prometheus --listen 9464             for Prometheus to scrape")]
 pub(crate) struct Top {
     /// Print samples instead of drawing.
     #[arg(long)]
@@ -76,6 +77,12 @@ pub(crate) struct Top {
     /// Print samples as JSON: one object a line.
     #[arg(long, requires = "batch")]
     pub(crate) json: bool,
+    /// Print what the machine counts as Prometheus text, once.
+    #[arg(long, conflicts_with = "batch")]
+    pub(crate) prometheus: bool,
+    /// Let it be scraped instead, at this port of 127.0.0.1; 0 takes one that is free. Every user of this computer may.
+    #[arg(long, value_name = "PORT", requires = "prometheus")]
+    pub(crate) listen: Option<u16>,
 }
 
 /// A column to sort by.

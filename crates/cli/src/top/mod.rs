@@ -1,11 +1,13 @@
 //! `gnttab top`: a running machine, looked at again and again.
 //!
-//! [`app`] knows what is shown and what keys do, [`draw`] puts it on a screen, [`batch`] prints it instead. What is shown is
+//! [`app`] knows what is shown and what keys do, [`draw`] puts it on a screen, [`batch`] prints it instead, and [`prometheus`]
+//! prints or serves what is counted. What is shown is
 //! what the control socket said last; between two looks nothing is asked.
 
 mod app;
 mod batch;
 mod draw;
+mod prometheus;
 #[cfg(test)]
 mod tests;
 
@@ -26,6 +28,9 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// Draws, or prints, until the person has seen enough.
 pub(crate) fn main(args: &Top) -> Result<(), Failure> {
+    if args.prometheus {
+        return prometheus::main(args);
+    }
     let machine = control::connect(args.which.control.as_deref())?;
     if args.batch {
         return batch::main(args, machine);
