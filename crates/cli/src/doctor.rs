@@ -33,8 +33,7 @@ pub(crate) fn main(args: &Doctor) -> Result<(), Failure> {
         .count();
     match problems {
         0 => Ok(()),
-        1 => Err(Failure::new("1 problem").in_data()),
-        _ => Err(Failure::new(format!("{problems} problems")).in_data()),
+        _ => Err(Failure::new(output::count(problems, "problem")).in_data()),
     }
 }
 

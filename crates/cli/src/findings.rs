@@ -303,12 +303,17 @@ fn quotas(beat: &Beat) -> Vec<Finding> {
             let quota = consumer.quota?;
             let lately = beat.refused.get(&consumer.name).copied().unwrap_or(0);
             (consumer.used >= quota || lately > 0).then(|| {
+                let refused = match consumer.refused {
+                    0 => String::new(),
+                    1 => ", refused once".to_owned(),
+                    times => format!(", refused {times} times"),
+                };
                 Finding::new(
                     info,
                     (Level::Warning, Kind::Quota),
                     format!(
-                        "its consumer {} has {} of the {quota} references that it may have, and was refused {}",
-                        consumer.name, consumer.used, consumer.refused
+                        "its consumer {} has {} of its {quota} references{refused}",
+                        consumer.name, consumer.used
                     ),
                     format!("raise the quota of {}, or see why it lets none go", consumer.name),
                 )

@@ -67,6 +67,11 @@ pub(crate) fn bytes(count: u64) -> String {
     }
 }
 
+/// `1 domain`, `2 domains`.
+pub(crate) fn count(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
 /// Rows as lines of aligned columns, each line indented by two blanks; the columns in `right` are aligned right.
 pub(crate) fn columns<const N: usize>(
     rows: impl IntoIterator<Item = [String; N]>,

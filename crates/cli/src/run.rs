@@ -34,8 +34,10 @@ pub(crate) fn main(args: &Run) -> Result<(), Failure> {
         talk.tell(
             json!({ "event": "checked", "domains": domains, "disks": disks }),
             &format!(
-                "{}: {domains} domains, {disks} disks, no mistakes found",
-                path.display()
+                "{}: {}, {}, no mistakes found",
+                path.display(),
+                output::count(domains, "domain"),
+                output::count(disks, "disk")
             ),
         );
         return Ok(());

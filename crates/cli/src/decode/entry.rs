@@ -14,7 +14,7 @@ const RESERVED_FLAGS: EntryFlags = EntryFlags::from_bits_retain(0xfe00);
 /// The bits that say how the page is cached.
 const CACHE_FLAGS: EntryFlags = EntryFlags::from_bits_retain(0x00e0);
 /// The first frame number beyond the physical addresses of any architecture.
-const FRAME_LIMIT: u64 = 1 << 40;
+pub(super) const FRAME_LIMIT: u64 = 1 << 40;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]

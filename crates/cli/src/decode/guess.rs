@@ -7,8 +7,11 @@ use gnttab_abi::{ENTRY_V1_SIZE, ENTRY_V2_SIZE, EntryFlags, EntryV1, EntryV2, Gra
 use gnttab_io::ring::RingShape;
 
 use super::Kind;
-use super::entry::{self, Decoded, State};
+use super::entry::{self, Decoded, FRAME_LIMIT, State};
 use super::ring::Header;
+
+/// The first references are for the console, the store and the like, which are not passed on.
+const RESERVED: u32 = 8;
 
 /// The likeliest kind, and why.
 pub(crate) fn guess(bytes: &[u8], shape: Option<RingShape>) -> (Kind, String) {
@@ -63,10 +66,14 @@ impl Score {
         let mut score = Score { sound: 0, odd: 0 };
         for entry in entries {
             // What a mapping cannot use is rare, but it is what somebody meant.
-            let is_odd = entry
+            let is_harmed = entry
                 .findings
                 .iter()
                 .any(|finding| !matches!(finding.code, "copy-only" | "no-mapping"));
+            // Legal, and what comes of entries that are read at half their size.
+            let waits_far_off = entry.frame.is_some_and(|frame| frame >= FRAME_LIMIT);
+            let passes_a_reserved_one_on = entry.trans_gref.is_some_and(|gref| gref < RESERVED);
+            let is_odd = is_harmed || waits_far_off || passes_a_reserved_one_on;
             match entry.state {
                 State::Free => {}
                 // Flags of an ended grant are zero.
@@ -153,6 +160,28 @@ mod tests {
         fn any_bytes_are_guessed(bytes in prop::collection::vec(any::<u8>(), 0..9000)) {
             let _ = guess(&bytes, RingShape::new(1, 112).ok());
         }
+    }
+
+    #[test]
+    fn a_table_of_version_1_is_found_though_half_of_it_is_damaged() {
+        let mut table = vec![0; 4096];
+        for (at, (flags, domid, frame)) in [
+            (0x19, 2, 0x1004),
+            (0x05, 3, 0x1005),
+            (0x02, 4, 0),
+            (0x1001, 2, 0x1006),
+            (0x03, 2, 0x1007),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let entry = EntryV1 {
+                head: head(flags, domid),
+                frame,
+            };
+            table[(8 + at) * 8..][..8].copy_from_slice(&entry.to_bytes());
+        }
+        assert_eq!(guessed(&table), Kind::V1);
     }
 
     #[test]

@@ -94,7 +94,10 @@ fn checked(args: &Decode, bytes: Vec<u8>, length: Option<u64>) -> Result<Vec<u8>
         Some(length) if got < length => Err(Failure::new(format!(
             "{name}: {got} bytes are left there, and --frames asks for {length}"
         ))
-        .next(format!("at most --frames {}", got / PAGE_SIZE as u64))),
+        .next(match got / PAGE_SIZE as u64 {
+            0 => "leave --frames out to decode what there is".to_owned(),
+            whole => format!("at most --frames {whole}"),
+        })),
         None if got > MOST => Err(Failure::wrong_use(format!(
             "{name}: more than {} MiB, which is no grant table",
             MOST >> 20

@@ -13,7 +13,7 @@ use super::draw::{frames, maptrack, rate, state};
 use crate::args::Top;
 use crate::control;
 use crate::failure::Failure;
-use crate::findings::age;
+use crate::findings::{Finding, age};
 use crate::live::Stop;
 use crate::output::{self, columns};
 use crate::pulse::{Beat, pins};
@@ -67,7 +67,16 @@ fn sample(app: &App, machine: &MachineInfo, time_ms: u64) -> Value {
             domain
         })
         .collect();
-    json!({ "time_ms": time_ms, "machine": machine, "domains": domains, "findings": app.findings })
+    json!({ "time_ms": time_ms, "machine": machine, "domains": domains, "findings": findings(app) })
+}
+
+/// What is wrong with the domains that are shown, or because of them.
+fn findings(app: &App) -> Vec<&Finding> {
+    let shown: Vec<u16> = app.rows().iter().map(|beat| beat.info.id).collect();
+    let concerns = |finding: &&Finding| {
+        shown.contains(&finding.domain) || finding.peer.is_some_and(|peer| shown.contains(&peer))
+    };
+    app.findings.iter().filter(concerns).collect()
 }
 
 fn text(app: &App, machine: &MachineInfo, time_ms: u64) -> String {
@@ -92,15 +101,15 @@ fn text(app: &App, machine: &MachineInfo, time_ms: u64) -> String {
     };
     let rows = std::iter::once(head.map(str::to_owned)).chain(app.rows().into_iter().map(row));
     let mut text = format!(
-        "{}  up {}, {} domains, {} of {} vCPUs\n",
+        "{}  up {}, {}, {} of {} vCPUs\n",
         clock(time_ms),
         age(machine.age_ms),
-        app.rows().len(),
+        output::count(app.rows().len(), "domain"),
         machine.vcpus.0,
         machine.vcpus.1
     );
     text.push_str(&columns(rows, &[3, 4, 5, 6, 7, 8, 9, 10]));
-    for finding in &app.findings {
+    for finding in findings(app) {
         text.push_str(&format!(
             "  ! {}: {}: {}\n",
             finding.kind.name(),

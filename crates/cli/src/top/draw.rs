@@ -1,7 +1,9 @@
 //! What is shown, on a screen of any size: whole at 80 × 24, more of it on a larger one.
 
+use std::collections::BTreeMap;
+
 use gnttab_host::control::Table;
-use gnttab_host::monitor::{DomainInfo, State};
+use gnttab_host::monitor::{DomainInfo, GrantInfo, MappingInfo, State};
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
@@ -11,6 +13,7 @@ use ratatui::widgets::{Block, Cell, Clear, Paragraph, Row, Table as Grid, TableS
 use super::app::{App, Screen};
 use crate::args::Sort;
 use crate::findings::{Level, age, references};
+use crate::output::count;
 use crate::pulse::{Beat, mappings, pins};
 
 /// Warnings that are shown below the domains.
@@ -54,7 +57,7 @@ fn head(app: &App) -> Vec<Line<'static>> {
         operations += beat.operations.unwrap_or(0.0);
         errors += beat.errors.unwrap_or(0.0);
     }
-    let count = app.pulse.domains().count();
+    let domains = app.pulse.domains().count();
     let pause = if app.is_paused() {
         "paused".to_owned()
     } else {
@@ -71,9 +74,9 @@ fn head(app: &App) -> Vec<Line<'static>> {
         .partition(|finding| finding.level == Level::Problem);
     let wrong = match (problems.len(), warnings.len()) {
         (0, 0) => Span::styled("nothing wrong", colour(app, Color::Green)),
-        (0, some) => Span::styled(format!("{some} warnings"), colour(app, Color::Yellow)),
+        (0, some) => Span::styled(count(some, "warning"), colour(app, Color::Yellow)),
         (some, others) => Span::styled(
-            format!("{some} problems, {others} warnings"),
+            format!("{}, {}", count(some, "problem"), count(others, "warning")),
             colour(app, Color::Red),
         ),
     };
@@ -81,8 +84,9 @@ fn head(app: &App) -> Vec<Line<'static>> {
         Line::from(vec![
             Span::styled("gnttab top", Style::new().add_modifier(Modifier::BOLD)),
             Span::raw(format!(
-                "  up {}, {count} domains, {} vCPUs, {pause}   ",
+                "  up {}, {}, {} vCPUs, {pause}   ",
                 age(machine.age_ms),
+                count(domains, "domain"),
                 machine.vcpus.0
             )),
             wrong,
@@ -124,12 +128,12 @@ fn foot(app: &App) -> Line<'static> {
         Screen::Help => &[("any key", "back")],
     };
     let mut spans = Vec::new();
+    if !app.filter.is_empty() {
+        spans.push(Span::raw(format!("only: {}  ", app.filter)));
+    }
     for (key, what) in keys {
         spans.push(Span::styled(format!(" {key} "), bold));
-        spans.push(Span::raw(format!(" {what}  ")));
-    }
-    if !app.filter.is_empty() {
-        spans.push(Span::raw(format!("only: {}", app.filter)));
+        spans.push(Span::raw(format!("{what} ")));
     }
     Line::from(spans)
 }
@@ -282,20 +286,26 @@ fn pane(frame: &mut Frame<'_>, app: &mut App, id: u16, area: Rect) {
         frame.render_widget(Paragraph::new("It has ended."), inside);
         return;
     };
-    let lines = pane_lines(beat, app.table.as_ref(), app);
+    let head = pane_head(beat, app);
+    let table = app.table.as_ref().map(|table| Entries::new(table, app));
+    let count = head.len() + table.as_ref().map_or(0, Entries::count);
     let room = usize::from(inside.height);
-    let last = lines.len().saturating_sub(room);
-    let scroll = app.scroll.min(last);
-    let shown: Vec<Line<'_>> = lines.into_iter().skip(scroll).take(room).collect();
+    let scroll = app.scroll.min(count.saturating_sub(room));
+    // A table may have half a million entries: only what is seen becomes text.
+    let line = |at: usize| match (head.get(at), &table) {
+        (Some(line), _) => line.clone(),
+        (None, Some(table)) => table.line(at - head.len()),
+        (None, None) => Line::default(),
+    };
+    let shown: Vec<Line<'_>> = (scroll..count).take(room).map(line).collect();
     frame.render_widget(Paragraph::new(shown), inside);
     (app.scroll, app.page) = (scroll, room.max(1));
 }
 
-fn pane_lines(beat: &Beat, table: Option<&Table>, app: &App) -> Vec<Line<'static>> {
+fn pane_head(beat: &Beat, app: &App) -> Vec<Line<'static>> {
     let info = &beat.info;
     let entries = &info.entries;
     let (taken, most) = references(info);
-    let title = |text: &str| Line::styled(text.to_owned(), Style::new().add_modifier(Modifier::BOLD));
     let mut lines = vec![
         Line::raw(format!(
             "{}, process {}, up {}, {}",
@@ -362,61 +372,84 @@ fn pane_lines(beat: &Beat, table: Option<&Table>, app: &App) -> Vec<Line<'static
             )));
         }
     }
-    let Some(table) = table else {
-        return lines;
-    };
-    if !table.grants.is_empty() {
-        lines.push(title(
-            "       REF  KIND             TO                FRAME  PINS  MAPPED BY",
-        ));
+    lines
+}
+
+fn title(text: &str) -> Line<'static> {
+    Line::styled(text.to_owned(), Style::new().add_modifier(Modifier::BOLD))
+}
+
+/// A domain's entries and mappings, as lines: each under a title, where there are any.
+struct Entries<'a> {
+    table: &'a Table,
+    app: &'a App,
+    /// Who maps an entry, and for how long at most.
+    mapped_by: BTreeMap<u32, BTreeMap<u16, u64>>,
+}
+
+impl<'a> Entries<'a> {
+    fn new(table: &'a Table, app: &'a App) -> Self {
+        let mut mapped_by: BTreeMap<u32, BTreeMap<u16, u64>> = BTreeMap::new();
+        for mapped in &table.mapped_by {
+            let of_one = mapped_by.entry(mapped.mapping.gref).or_default();
+            let age = of_one.entry(mapped.domain).or_default();
+            *age = mapped.mapping.age_ms.max(*age);
+        }
+        Entries {
+            table,
+            app,
+            mapped_by,
+        }
     }
-    for grant in &table.grants {
-        let mut by: Vec<String> = Vec::new();
-        let mut mapped: Vec<(u16, u64)> = table
-            .mapped_by
-            .iter()
-            .filter(|mapped| mapped.mapping.gref == grant.gref)
-            .map(|mapped| (mapped.domain, mapped.mapping.age_ms))
-            .collect();
-        mapped.sort_by_key(|(domain, age)| (*domain, std::cmp::Reverse(*age)));
-        // The oldest of each.
-        mapped.dedup_by_key(|(domain, _)| *domain);
-        by.extend(
-            mapped
+
+    fn count(&self) -> usize {
+        let titled = |count: usize| if count == 0 { 0 } else { count + 1 };
+        titled(self.table.grants.len()) + titled(self.table.mappings.len())
+    }
+
+    fn line(&self, at: usize) -> Line<'static> {
+        let grants = &self.table.grants;
+        match at.checked_sub(usize::from(!grants.is_empty())) {
+            None => title("       REF KIND            TO               FRAME PINS MAPPED BY"),
+            Some(at) if at < grants.len() => Line::raw(self.grant(&grants[at])),
+            Some(at) => match (at - grants.len()).checked_sub(1) {
+                None => title("    HANDLE MAPS OF            REF ACCESS FOR"),
+                Some(at) => self
+                    .table
+                    .mappings
+                    .get(at)
+                    .map_or_else(Line::default, |mapping| Line::raw(self.mapping(mapping))),
+            },
+        }
+    }
+
+    fn grant(&self, grant: &GrantInfo) -> String {
+        let by = self.mapped_by.get(&grant.gref).map_or("-".to_owned(), |by| {
+            let by = by
                 .iter()
-                .map(|(domain, ms)| format!("{} for {}", app.pulse.name(*domain), age(*ms))),
-        );
+                .map(|(domain, ms)| format!("{} for {}", self.app.pulse.name(*domain), age(*ms)));
+            by.collect::<Vec<_>>().join(", ")
+        });
         let pins: u32 = grant.pins.iter().copied().map(u32::from).sum();
-        lines.push(Line::raw(format!(
-            "{:>#10x}  {:15}  {:12}  {:>#9x}  {pins:4}  {}",
+        format!(
+            "{:>#10x} {:15} {:12} {:>#9x} {pins:4} {by}",
             grant.gref,
             grant.kind,
-            app.pulse.name(grant.grantee),
-            grant.frame,
-            if by.is_empty() {
-                "-".to_owned()
-            } else {
-                by.join(", ")
-            }
-        )));
+            self.app.pulse.name(grant.grantee),
+            grant.frame
+        )
     }
-    if !table.mappings.is_empty() {
-        lines.push(title(
-            "    HANDLE  MAPS             OF                  REF  ACCESS  FOR",
-        ));
-    }
-    for mapping in &table.mappings {
-        lines.push(Line::raw(format!(
-            "{:>#10x}  {:15}  {:12}  {:>#9x}  {:6}  {}",
+
+    fn mapping(&self, mapping: &MappingInfo) -> String {
+        format!(
+            "{:>#10x}      {:12} {:>#9x} {:6} {}",
             mapping.handle,
-            "",
-            app.pulse.name(mapping.granter),
+            self.app.pulse.name(mapping.granter),
             mapping.gref,
             if mapping.readonly { "read" } else { "write" },
             age(mapping.age_ms)
-        )));
+        )
     }
-    lines
 }
 
 fn by_peer(how: &str, counts: impl Iterator<Item = (u16, u32)>, app: &App) -> String {
@@ -447,7 +480,7 @@ const HELP: &str = "\
 
 fn help(frame: &mut Frame<'_>, area: Rect) {
     let lines = u16::try_from(HELP.lines().count()).unwrap_or(20);
-    let (width, height) = (68.min(area.width), (lines + 2).min(area.height));
+    let (width, height) = (76.min(area.width), (lines + 2).min(area.height));
     let place = Rect {
         x: (area.width - width) / 2,
         y: (area.height - height) / 2,

@@ -179,7 +179,12 @@ fn lacks(report: &Report, most: u64) -> Vec<String> {
         let Consumer {
             name, quota, refused, ..
         } = consumer;
-        format!("its consumer {name} may have {quota} references, and was refused more {refused} times")
+        let times = if *refused == 1 {
+            "once".to_owned()
+        } else {
+            format!("{refused} times")
+        };
+        format!("its consumer {name} may have {quota} references, and was refused {times}")
     });
     table.into_iter().chain(consumers).collect()
 }
