@@ -254,7 +254,7 @@ fn maptrack(info: &DomainInfo) -> Option<Finding> {
     let frames = most / 256;
     let next = format!(
         "give it more: maptrack-frames = {} in the machine file; or have it unmap what it does not use",
-        frames * 2
+        frames.saturating_mul(2)
     );
     limit(info, "its maptrack", (taken, most), what, next)
 }
@@ -270,7 +270,7 @@ fn limit(
         return None;
     } else if taken >= most {
         ((Level::Problem, Kind::Full), "is full")
-    } else if taken * 10 >= most * 9 {
+    } else if most - taken <= most / 10 {
         ((Level::Warning, Kind::NearlyFull), "is nearly full")
     } else {
         return None;

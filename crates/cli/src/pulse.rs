@@ -92,8 +92,14 @@ impl Pulse {
 fn beat(known: Option<&Beat>, seconds: Option<f64>, info: DomainInfo) -> Beat {
     let a_second = |count: u64| seconds.map(|seconds| count as f64 / seconds);
     let since = |now: u64, before: Option<u64>| now.saturating_sub(before.unwrap_or(now));
-    let operations = info.operations.values().sum::<u64>();
-    let before = known.map(|beat| beat.info.operations.values().sum());
+    // Whatever the machine says its counters are.
+    let sum = |info: &DomainInfo| {
+        info.operations
+            .values()
+            .fold(0_u64, |sum, count| sum.saturating_add(*count))
+    };
+    let operations = sum(&info);
+    let before = known.map(|beat| sum(&beat.info));
     let rate = known.and(a_second(since(operations, before)));
     let by_status: BTreeMap<String, f64> = errors(&info)
         .filter_map(|(status, count)| {

@@ -1,18 +1,20 @@
 //! Who asks.
 
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::protocol::{Answer, Question, Table, decode_answer, encode};
 pub use crate::monitor::Heard;
 use crate::monitor::{DomainInfo, Filter, MachineInfo};
 
-/// How long a machine may take to answer.
+/// How long a machine may be silent when it was asked.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a whole answer may take: a large table is long, and nobody waits for ever for one that comes byte by byte.
+const WHOLE: Duration = Duration::from_secs(20);
 /// Bytes of an answer: a table of 1024 frames that is full and mapped, as JSON, is below it.
-const ANSWER: u64 = 1 << 28;
+const ANSWER: usize = 1 << 28;
 
 /// Why a machine did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -25,8 +27,8 @@ pub enum ControlError {
         /// Why.
         source: io::Error,
     },
-    /// It is there, and says nothing.
-    #[error("control socket {}: the machine is there, but did not answer within {} s", .0.display(), PATIENCE.as_secs())]
+    /// It is there, and says nothing, or does not come to an end.
+    #[error("control socket {}: the machine is there, but did not answer in time", .0.display())]
     Silent(PathBuf),
     /// The connection broke.
     #[error("control socket {}: {source}", path.display())]
@@ -82,7 +84,7 @@ impl Client {
     pub fn ask(&mut self, question: &Question) -> Result<Answer, ControlError> {
         let asked = self.stream.get_mut().write_all(&encode(question));
         // Who was turned away finds why there, though it cannot ask any more.
-        let answer = self.hear();
+        let answer = self.hear(Some(Instant::now() + WHOLE));
         match (asked, answer) {
             (_, Ok(Answer::Error(why))) => Err(ControlError::Refused(why)),
             (Ok(()), answer) => answer,
@@ -152,7 +154,7 @@ impl Client {
         }
         let waits = self.stream.get_mut().set_read_timeout(None);
         waits.map_err(|source| self.broken(source))?;
-        Ok(std::iter::from_fn(move || match self.hear() {
+        Ok(std::iter::from_fn(move || match self.hear(None) {
             Ok(Answer::Event(event)) => Some(Ok(Heard::Event(event))),
             Ok(Answer::Dropped(count)) => Some(Ok(Heard::Dropped(count))),
             Ok(other) => Some(Err(self.unexpected(&other))),
@@ -161,20 +163,36 @@ impl Client {
         }))
     }
 
-    fn hear(&mut self) -> Result<Answer, ControlError> {
+    /// The next answer, which has to be there whole by `deadline`.
+    fn hear(&mut self, deadline: Option<Instant>) -> Result<Answer, ControlError> {
+        let unexpected = |path: &Path, why: String| ControlError::Unexpected {
+            path: path.to_owned(),
+            why,
+        };
         let mut line = Vec::new();
-        let read = (&mut self.stream).take(ANSWER).read_until(b'\n', &mut line);
-        match read {
-            Ok(_) if line.ends_with(b"\n") => decode_answer(&line).map_err(|why| ControlError::Unexpected {
-                path: self.path.clone(),
-                why,
-            }),
-            Ok(_) => Err(self.broken(io::ErrorKind::UnexpectedEof.into())),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                Err(ControlError::Silent(self.path.clone()))
+        while !line.ends_with(b"\n") {
+            if deadline.is_some_and(|deadline| deadline < Instant::now()) {
+                return Err(ControlError::Silent(self.path.clone()));
             }
-            Err(error) => Err(self.broken(error)),
+            let some = match self.stream.fill_buf() {
+                Ok([]) => return Err(self.broken(io::ErrorKind::UnexpectedEof.into())),
+                Ok(some) => some,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                    return Err(ControlError::Silent(self.path.clone()));
+                }
+                Err(error) => return Err(self.broken(error)),
+            };
+            let end = some.iter().position(|byte| *byte == b'\n');
+            let taken = end.map_or(some.len(), |end| end + 1);
+            line.extend_from_slice(&some[..taken]);
+            self.stream.consume(taken);
+            if line.len() > ANSWER {
+                let why = format!("an answer of more than {} MiB", ANSWER >> 20);
+                return Err(unexpected(&self.path, why));
+            }
         }
+        decode_answer(&line).map_err(|why| unexpected(&self.path, why))
     }
 
     fn broken(&self, source: io::Error) -> ControlError {
