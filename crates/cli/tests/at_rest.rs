@@ -227,6 +227,28 @@ fn a_table_comes_from_standard_input_too() {
     assert_eq!(table["entries"][1]["gref"], 8);
 }
 
+/// As `gnttab decode <(command)` has it.
+#[test]
+fn a_table_comes_from_a_pipe_too() {
+    let folder = TempDir::new().unwrap();
+    let pipe = folder.path().join("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success());
+    let path = pipe.to_str().unwrap().to_owned();
+    let writer = std::thread::spawn(move || std::fs::write(pipe, v1_frame()));
+    let table = json(&["decode", &path, "--offset", "64"]);
+    assert_eq!(
+        (&table["kind"], &table["count"]),
+        (&Value::from("v1"), &Value::from(504))
+    );
+    writer.join().unwrap().unwrap();
+    refuses(
+        &["decode", "-", "--address", "0x1000"],
+        2,
+        &["standard input", "give its file"],
+    );
+}
+
 #[test]
 fn what_cannot_be_decoded_is_said_in_one_line() {
     let folder = tempfile::tempdir().unwrap();

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
 use gnttab_abi::PAGE_SIZE;
@@ -26,19 +27,14 @@ enum Space {
 /// The bytes that were asked for.
 pub(crate) fn read(args: &Decode) -> Result<Vec<u8>, Failure> {
     let length = args.frames.map(|frames| u64::from(frames) * PAGE_SIZE as u64);
+    let fail = |error: io::Error| Failure::new(format!("{}: {error}", args.file.display()));
     if args.file.as_os_str() == "-" {
-        if args.address.or(args.physical).is_some() {
-            return Err(Failure::wrong_use("a core cannot be read from standard input").next("give its file"));
-        }
-        let mut stdin = io::stdin().lock();
-        let skipped = io::copy(&mut (&mut stdin).take(args.offset.unwrap_or(0)), &mut io::sink());
-        return skipped
-            .and_then(|_| take(stdin, length))
-            .map_err(|error| Failure::new(format!("standard input: {error}")))
-            .and_then(|bytes| checked(args, bytes, length));
+        return stream(args, io::stdin().lock(), length);
     }
     let mut file = open(&args.file)?;
-    let fail = |error: io::Error| Failure::new(format!("{}: {error}", args.file.display()));
+    if file.metadata().map_err(fail)?.file_type().is_fifo() {
+        return stream(args, file, length);
+    }
     let mut magic = [0; 4];
     let is_elf = file.read_exact(&mut magic).is_ok() && &magic == b"\x7fELF";
     let start = match (args.address, args.physical) {
@@ -55,6 +51,23 @@ pub(crate) fn read(args: &Decode) -> Result<Vec<u8>, Failure> {
     };
     file.seek(SeekFrom::Start(start)).map_err(fail)?;
     let bytes = take(file, length).map_err(fail)?;
+    checked(args, bytes, length)
+}
+
+/// The bytes of what can only be read once, from its start.
+fn stream(args: &Decode, mut from: impl Read, length: Option<u64>) -> Result<Vec<u8>, Failure> {
+    let name = match args.file.to_str() {
+        Some("-") => "standard input".to_owned(),
+        _ => args.file.display().to_string(),
+    };
+    if args.address.or(args.physical).is_some() {
+        return Err(
+            Failure::wrong_use(format!("{name}: a core cannot be read from a pipe")).next("give its file"),
+        );
+    }
+    let fail = |error: io::Error| Failure::new(format!("{name}: {error}"));
+    io::copy(&mut from.by_ref().take(args.offset.unwrap_or(0)), &mut io::sink()).map_err(fail)?;
+    let bytes = take(from, length).map_err(fail)?;
     checked(args, bytes, length)
 }
 

@@ -203,6 +203,15 @@ fn columns(width: u16) -> Vec<Column> {
         if width >= WIDE { 8 } else { 5 },
         |beat| beat.info.oldest_mapping_ms.map_or("-".to_owned(), brief_age),
     ));
+    // Numbers are shown whole or not at all.
+    let mut room = width;
+    let fits = columns.iter().take_while(|column| {
+        let had = room;
+        room = room.saturating_sub(column.width + 1);
+        had >= column.width
+    });
+    let fits = fits.count();
+    columns.truncate(fits);
     columns
 }
 
