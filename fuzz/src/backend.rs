@@ -404,7 +404,9 @@ impl Game {
         let unit = u64::from(info.sector_size / 512);
         let sector = slot.sector_number();
         let fits = sector.checked_add(sectors).is_some_and(|end| end <= info.sectors);
-        (fits && sector % unit == 0 && sectors % unit == 0).then_some(parts)
+        // Each segment by itself, not only their sum.
+        let is_aligned = parts.iter().all(|part| (part.2 / 512) as u64 % unit == 0);
+        (fits && sector % unit == 0 && is_aligned).then_some(parts)
     }
 
     fn perform(&mut self, slot: &Slot, parts: &[(usize, usize, usize)]) {
