@@ -1,6 +1,6 @@
 //! The end of domains (group H): each handle once, each page until its last use, in any order.
 
-use gnttab_abi::{DomId, EntryFlags, GrantRef, GrantStatus};
+use gnttab_abi::{DomId, EntryFlags, Errno, Gfn, GrantRef, GrantStatus};
 use gnttab_engine::machine::{C, G, P, PageOwner, Scene, T};
 use gnttab_engine::{DomainKind, Engine, GuestMemory, Hook, Release, Retired, Vcpu, Version};
 
@@ -338,5 +338,16 @@ fn n_48_what_a_dying_domain_refuses_leaves_nothing() {
     assert_eq!(stage.machine.frame(mfn).unwrap().owner, PageOwner::Free);
     assert_eq!((stage.pins(G, LOW), stage.marks(G, LOW)), ([0; 4], NONE));
     assert_eq!(stage.audit(), []);
+    stage.finish();
+
+    // Nor does the placement of a frame that its table has.
+    let stage = Stage::new(Scene::hvm());
+    stage.guest(C, |guest| guest.set_dying());
+    stage.engine.begin_teardown(&stage.domain(C));
+    let placed = stage
+        .processor()
+        .place_frame(&stage.vcpu(C, 0), DomId::SELF, 0, Gfn(0x300));
+    assert_eq!(placed, Err(Errno::Busy));
+    assert_eq!(stage.audit(), [], "AUD-LCK");
     stage.finish();
 }
