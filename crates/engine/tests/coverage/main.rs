@@ -1,11 +1,11 @@
 //! Every operation × version × caller's kind × answer, and who reaches it: `docs/coverage.md` says so
 //! and is held to it.
 //!
-//! The vectors say what they must be answered, and are run by `vectors`; random sequences are played here,
-//! always the same ones, as `model` plays others. An answer that neither reaches has its reason in
-//! `reasons.txt`, which may name a test that does. A cell without anything fails, and so does a reason that
-//! nothing needs. `GNTTAB_COVERAGE=write cargo test -p gnttab-engine --test coverage` writes the document's
-//! part anew.
+//! The vectors say what they must be answered, and are run by `vectors`. Played here are random sequences,
+//! always the same ones, as `model` plays others, and calls whose arguments cannot be read. An answer that
+//! none of these reaches has its reason in `reasons.txt`, which may name a test that does. A cell without
+//! anything fails, and so does a reason that nothing needs.
+//! `GNTTAB_COVERAGE=write cargo test -p gnttab-engine --test coverage` writes the document's part anew.
 //!
 //! The version is that of the table that a call is about; for a vector, of the table its head names.
 
@@ -27,7 +27,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use gnttab_abi::{Errno, GrantStatus, Op};
+use gnttab_abi::{Abi, Errno, GrantStatus, Op};
 use gnttab_engine::DomainKind;
 use proptest::strategy::{Strategy as _, ValueTree as _};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
@@ -44,6 +44,8 @@ const END: &str = "<!-- end of what is generated -->\n";
 #[derive(Clone, Debug, Default)]
 struct Reached {
     vectors: BTreeSet<String>,
+    /// A call whose arguments cannot be read, or that has a count that cannot be.
+    is_door: bool,
     is_random: bool,
 }
 
@@ -210,6 +212,39 @@ fn sequences(cells: &mut Cells) {
     }
 }
 
+/// What each operation is answered at the door where its arguments cannot be read, with a count of one, of
+/// two and of more than there can be, and as if it went on: by the engine and the slow model alike.
+fn door(cells: &mut Cells) {
+    use DomainKind::{Arm, Hvm, Pv};
+    for (kinds, abi) in [([Pv, Hvm], Abi::X86_64), ([Arm, Arm], Abi::Arm)] {
+        let pairs = kinds
+            .into_iter()
+            .flat_map(|kind| [1, 2].map(|version| (kind, version)));
+        let limits: Vec<spec::Limits> = pairs
+            .map(|(kind, version)| spec::Limits {
+                kind,
+                max_version: 2,
+                version,
+                max_frames: 4,
+                maptrack_frames: 1,
+                iommu: false,
+            })
+            .collect();
+        let mut world = world::World::new(&limits);
+        for caller in world.running() {
+            for op in Op::ALL {
+                for (opaque, count) in [(0, 1), (0, 2), (0, 1 << 31), (1 << 12, 1)] {
+                    world.door(caller, abi, op.number() | opaque, count);
+                }
+            }
+        }
+        for seen in std::mem::take(&mut world.seen).into_keys() {
+            cells.entry(seen).or_default().is_door = true;
+        }
+        world.end();
+    }
+}
+
 /// Every cell that there is.
 fn universe() -> impl Iterator<Item = Seen> {
     Op::ALL.into_iter().flat_map(|op| {
@@ -234,8 +269,11 @@ fn show(reached: &Reached) -> String {
     if reached.vectors.len() > 1 {
         let _ = write!(text, " +{}", reached.vectors.len() - 1);
     }
-    if reached.is_random {
-        text.push_str(if text.is_empty() { "R" } else { ", R" });
+    for (letter, is_so) in [("D", reached.is_door), ("R", reached.is_random)] {
+        if is_so {
+            text.push_str(if text.is_empty() { "" } else { ", " });
+            text.push_str(letter);
+        }
     }
     text
 }
@@ -309,6 +347,7 @@ mod tests {
     fn every_cell_is_reached_or_says_why_not() {
         let mut cells = Cells::new();
         vectors(&mut cells);
+        door(&mut cells);
         sequences(&mut cells);
         let reasons = reasons();
         named_tests_are_there(&reasons);
