@@ -146,7 +146,12 @@ impl Completer for Helping {
     type Candidate = String;
 
     fn complete(&self, line: &str, pos: usize, _: &Context<'_>) -> rustyline::Result<(usize, Vec<String>)> {
-        Ok(candidates(line.get(..pos).unwrap_or(line), &self.0.borrow()))
+        let (start, mut found) = candidates(line.get(..pos).unwrap_or(line), &self.0.borrow());
+        if let [only] = &mut found[..] {
+            // The next word can be typed at once, as in a shell.
+            only.push(' ');
+        }
+        Ok((start, found))
     }
 }
 

@@ -55,6 +55,8 @@ pub(super) struct App {
     pub(super) machine: Option<MachineInfo>,
     pub(super) pulse: Pulse,
     pub(super) findings: Vec<Finding>,
+    /// The last look was not answered: what is shown was seen before.
+    pub(super) is_stale: bool,
     pub(super) screen: Screen,
     pub(super) table: Option<Table>,
     pub(super) sort: Sort,
@@ -79,6 +81,7 @@ impl App {
             machine: None,
             pulse: Pulse::default(),
             findings: Vec::new(),
+            is_stale: false,
             screen: Screen::Domains,
             table: None,
             sort,

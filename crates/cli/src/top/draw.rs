@@ -80,23 +80,27 @@ fn head(app: &App) -> Vec<Line<'static>> {
             colour(app, Color::Red),
         ),
     };
-    vec![
-        Line::from(vec![
-            Span::styled("gnttab top", Style::new().add_modifier(Modifier::BOLD)),
-            Span::raw(format!(
-                "  up {}, {}, {} vCPUs, {pause}   ",
-                age(machine.age_ms),
-                count(domains, "domain"),
-                machine.vcpus.0
-            )),
-            wrong,
-        ]),
+    let first = Line::from(vec![
+        Span::styled("gnttab top", Style::new().add_modifier(Modifier::BOLD)),
+        Span::raw(format!(
+            "  up {}, {}, {} vCPUs, {pause}   ",
+            age(machine.age_ms),
+            count(domains, "domain"),
+            machine.vcpus.0
+        )),
+        wrong,
+    ]);
+    let second = if app.is_stale {
+        let words = "The machine does not answer, it is busy or stopped: this is what was seen last.";
+        Line::styled(words, colour(app, Color::Red))
+    } else {
         Line::raw(format!(
             "{} shareable pages, {} references on them{rates}",
             short(machine.holds.shareable_pages),
             short(machine.holds.page_references)
-        )),
-    ]
+        ))
+    };
+    vec![first, second]
 }
 
 fn foot(app: &App) -> Line<'static> {

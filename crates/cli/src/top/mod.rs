@@ -58,7 +58,15 @@ fn show(
     loop {
         if next <= Instant::now() {
             if !app.is_paused() {
-                look(&mut app, &mut machine)?;
+                app.is_stale = false;
+                if let Err(failure) = look(&mut app, &mut machine) {
+                    // A machine that is busy is waited for, with what was seen last; one that has gone is not.
+                    match control::connect(args.which.control.as_deref()) {
+                        Ok(again) if app.machine.is_some() => machine = again,
+                        _ => return Err(failure),
+                    }
+                    app.is_stale = true;
+                }
             }
             next = Instant::now() + app.interval();
         }

@@ -127,6 +127,19 @@ fn a_wide_screen_has_the_kinds_of_entries_and_a_small_one_does_not_fail() {
 }
 
 #[test]
+fn a_machine_that_does_not_answer_is_said_above_what_was_seen_last() {
+    let mut app = app();
+    app.is_stale = true;
+    let screen = screen(&mut app, 80, 24);
+    assert!(
+        screen[1].ends_with("this is what was seen last."),
+        "{}",
+        screen[1]
+    );
+    assert!(screen[3].contains("d1 app"), "{}", screen[3]);
+}
+
+#[test]
 fn sorting_goes_by_the_column_and_can_be_turned_round() {
     let order = |app: &App| -> Vec<u16> { app.rows().iter().map(|beat| beat.info.id).collect() };
     let mut app = app();

@@ -557,14 +557,18 @@ impl Shared {
             return;
         };
         let entry = self.observe(|processor| processor.entry(granter, gref)).flatten();
-        if let Some(entry) = entry {
-            let first = events.len();
-            note(seen.tables.entry(granter).or_default(), granter, &entry, events);
-            // It was granted before it was mapped, whenever it was looked at.
-            events[first..]
-                .iter_mut()
-                .for_each(|granted| granted.at = event.at);
-        }
+        let entry = entry.filter(|entry| !is_free(entry));
+        let first = events.len();
+        note_mapped(
+            seen.tables.entry(granter).or_default(),
+            event,
+            entry.as_ref(),
+            events,
+        );
+        // It was granted before it was mapped, whenever it was looked at.
+        events[first..]
+            .iter_mut()
+            .for_each(|granted| granted.at = event.at);
     }
 }
 
@@ -615,12 +619,39 @@ impl Seen {
     }
 }
 
+/// A mapping is about to be told of: of its entry, as it is now, or `None` if it is free by now. Then it was granted all the same,
+/// and the next look tells that it ended.
+fn note_mapped(
+    table: &mut BTreeMap<u32, Granted>,
+    mapped: &Event,
+    entry: Option<&EntryView>,
+    events: &mut Vec<Event>,
+) {
+    let (Some(granter), Some(gref)) = (mapped.peer, mapped.gref) else {
+        return;
+    };
+    match entry {
+        Some(entry) => note(table, granter, entry, events),
+        None if table.contains_key(&gref.0) => {}
+        None => {
+            let to = mapped.domain;
+            // No frame has that number: another grant of this reference is another grant.
+            let (frame, pending) = (u64::MAX, false);
+            table.insert(gref.0, Granted { to, frame, pending });
+            events.push(Event::new(EventKind::Granted, granter, Some(to), Some(gref)));
+        }
+    }
+}
+
+fn is_free(entry: &EntryView) -> bool {
+    entry.words.flags().kind() == EntryType::Invalid
+}
+
 /// Compares an entry with what was seen of it before.
 fn note(table: &mut BTreeMap<u32, Granted>, granter: DomId, entry: &EntryView, events: &mut Vec<Event>) {
     let gref = entry.gref;
     let mut tell = |kind, peer| events.push(Event::new(kind, granter, Some(peer), Some(gref)));
-    let is_free = entry.words.flags().kind() == EntryType::Invalid;
-    let now = (!is_free).then(|| Granted {
+    let now = (!is_free(entry)).then(|| Granted {
         to: entry.words.domid(),
         frame: match entry.words {
             EntryWords::V1(words) => words.frame.into(),
@@ -673,6 +704,23 @@ mod tests {
                 Some(GrantRef(gref)),
             )
         }
+    }
+
+    #[test]
+    fn what_was_mapped_was_granted_though_it_has_ended_before_anybody_looked() {
+        let mapped = Event::new(EventKind::Mapped, DomId(3), Some(DomId(2)), Some(GrantRef(8)));
+        let (mut table, mut events) = (BTreeMap::new(), Vec::new());
+        note_mapped(&mut table, &mapped, None, &mut events);
+        let told: Vec<_> = events
+            .iter()
+            .map(|event| (event.kind, event.domain, event.peer))
+            .collect();
+        assert_eq!(told, [(EventKind::Granted, DomId(2), Some(DomId(3)))]);
+        // A second mapping of it is no second grant.
+        note_mapped(&mut table, &mapped, None, &mut events);
+        assert_eq!(events.len(), 1);
+        // It is in the table, so that the next look finds that it has ended.
+        assert!(table.contains_key(&8));
     }
 
     #[test]
