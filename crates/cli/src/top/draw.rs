@@ -19,7 +19,7 @@ use crate::pulse::{Beat, mappings, pins};
 /// Warnings that are shown below the domains.
 const WARNINGS: usize = 6;
 /// From this width on there are columns for each kind of entry.
-const WIDE: u16 = 110;
+const WIDE: u16 = 113;
 /// Looks that the history shows.
 const BARS: usize = 8;
 
@@ -166,7 +166,8 @@ fn columns(width: u16) -> Vec<Column> {
         column.right = false;
         column
     };
-    let name = if width >= WIDE { 20 } else { 8 };
+    // The others take 105 columns then.
+    let name = if width >= WIDE { (width - 105).min(20) } else { 8 };
     let mut columns = vec![
         column("ID", Some(Sort::Id), 4, |beat| format!("d{}", beat.info.id)),
         left(column("NAME", Some(Sort::Name), name, |beat| {

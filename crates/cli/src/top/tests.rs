@@ -111,6 +111,10 @@ fn a_screen_of_80_by_24_shows_everything() {
 fn a_wide_screen_has_the_kinds_of_entries_and_a_small_one_does_not_fail() {
     let wide = screen(&mut app(), 140, 40);
     assert!(wide[2].contains("PAGE  PART  XFER TRANS  GONE"), "{}", wide[2]);
+    for width in [80, 113, 120, 300] {
+        let lines = screen(&mut app(), width, 24);
+        assert!(lines[2].ends_with("OLD"), "{width}: {}", lines[2]);
+    }
     let narrow = screen(&mut app(), 40, 12);
     assert_eq!(narrow[2], "  ID NAME     S  FRAMES GRANT  USED");
     assert_eq!(narrow[3], "  d1 app      R    1/64     0     0");
