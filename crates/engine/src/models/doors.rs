@@ -414,6 +414,42 @@ fn map_against_growth() {
     }
 }
 
+/// G swaps the two references.
+fn swap(world: &World, number: usize) -> GrantStatus {
+    world.act(2 - number, G, number, |cpu, vcpu| {
+        let mut item = SwapGrantRef {
+            ref_a: GREF,
+            ref_b: OTHER,
+            ..SwapGrantRef::default()
+        };
+        cpu.swap(vcpu, core::slice::from_mut(&mut item));
+        item.status
+    })
+}
+
+/// A swap against a change of version: both are done, one after the other, and nothing of the old layout
+/// is found in the new one.
+#[test]
+fn swap_against_change_of_version() {
+    for (version, wanted) in [(Version::V1, 2), (Version::V2, 1)] {
+        every_order(move || {
+            let world = World::new(version);
+            world.grant(G, GREF, C, PAGES[0]);
+            let other = Arc::clone(&world);
+            let thread = thread::spawn(move || swap(&other, 1));
+            let changed = world.act(2, G, 0, |cpu, vcpu| cpu.set_version(vcpu, wanted));
+            // A table of version 2 has half as many entries.
+            let statuses = [GrantStatus::OKAY, GrantStatus::BAD_GNTREF];
+            assert!(statuses.contains(&thread.join().unwrap()));
+            assert_eq!(changed, Ok(()));
+            for gref in [GREF, OTHER] {
+                let entry = world.act(2, G, 0, |cpu, _| cpu.entry(G, gref));
+                assert!(entry.is_none_or(|entry| entry.words.flags().is_empty()));
+            }
+        });
+    }
+}
+
 /// A map against a swap of its reference with another: the map gets the page of the entry that it
 /// found, marks go with nobody, and an entry in use is not moved.
 #[test]
@@ -424,15 +460,7 @@ fn session_against_swap() {
         world.grant(G, OTHER, T, PAGES[1]);
         let other = Arc::clone(&world);
         let thread = thread::spawn(move || session(&other, 0, GREF, RW));
-        let swapped = world.act(2, G, 0, |cpu, vcpu| {
-            let mut item = SwapGrantRef {
-                ref_a: GREF,
-                ref_b: OTHER,
-                ..SwapGrantRef::default()
-            };
-            cpu.swap(vcpu, core::slice::from_mut(&mut item));
-            item.status
-        });
+        let swapped = swap(&world, 0);
         let status = thread.join().unwrap();
         if swapped.is_okay() {
             assert!([GrantStatus::OKAY, GrantStatus::GENERAL_ERROR].contains(&status));
@@ -554,6 +582,27 @@ fn copy_against_session() {
     }
 }
 
+/// A copy against a change of version: the version does not change while the copy holds the page, and
+/// what comes later finds nothing granted.
+#[test]
+fn copy_against_change_of_version() {
+    for (version, wanted) in [(Version::V1, 2), (Version::V2, 1)] {
+        up_to_preemptions(3, move || {
+            let world = World::new(version);
+            world.grant(G, GREF, C, PAGES[0]);
+            let other = Arc::clone(&world);
+            let thread = thread::spawn(move || copy(&other, 0));
+            let changed = world.act(2, G, 0, |cpu, vcpu| cpu.set_version(vcpu, wanted));
+            let status = thread.join().unwrap();
+            match changed {
+                Ok(()) => assert_eq!(world.domain(G).version().number(), wanted),
+                Err(errno) => assert_eq!((errno, status), (Errno::Busy, GrantStatus::OKAY)),
+            }
+            world.check_idle();
+        });
+    }
+}
+
 /// G passes on to C what T granted to G.
 fn transitive() -> Arc<World> {
     let world = World::new(Version::V2);
@@ -617,6 +666,51 @@ fn transitive_copy_against_change_of_version() {
     });
 }
 
+/// G offers to take a page of C's.
+fn offer(world: &World) {
+    let content = Content {
+        flags: EntryFlags::ACCEPT_TRANSFER,
+        domid: C,
+        halves: (0, 0),
+        frame: 0,
+    };
+    world.write(G, GREF, content);
+}
+
+/// C gives it one.
+fn transfer(world: &World) -> GrantStatus {
+    world.act(1, C, 0, |cpu, vcpu| {
+        let mut item = Transfer {
+            mfn: PAGES[3].0,
+            domid: G,
+            gref: GREF,
+            ..Transfer::default()
+        };
+        cpu.transfer(vcpu, core::slice::from_mut(&mut item));
+        item.status
+    })
+}
+
+/// A page that is given away, against a change of the receiver's version: the offer went with the old
+/// layout, and what comes late writes nothing into the new one (VER-4, XSA-501).
+#[test]
+fn transfer_against_change_of_version() {
+    for (version, wanted) in [(Version::V1, 2), (Version::V2, 1)] {
+        every_order(move || {
+            let world = World::new(version);
+            offer(&world);
+            let other = Arc::clone(&world);
+            let thread = thread::spawn(move || transfer(&other));
+            let changed = world.act(2, G, 0, |cpu, vcpu| cpu.set_version(vcpu, wanted));
+            let status = thread.join().unwrap();
+            assert_eq!(changed, Ok(()));
+            assert!([GrantStatus::OKAY, GrantStatus::GENERAL_ERROR].contains(&status));
+            let entry = world.act(2, G, 0, |cpu, _| cpu.entry(G, GREF)).unwrap();
+            assert!(entry.words.flags().is_empty(), "{entry:?}");
+        });
+    }
+}
+
 /// A page that is given away, against the end of the offer that it takes: the receiver withdraws the
 /// offer, or gets the page, and reads its number when it is there (TRN-6).
 #[test]
@@ -624,26 +718,9 @@ fn transfer_against_end_of_the_offer() {
     for version in [Version::V1, Version::V2] {
         every_order(move || {
             let world = World::new(version);
-            let content = Content {
-                flags: EntryFlags::ACCEPT_TRANSFER,
-                domid: C,
-                halves: (0, 0),
-                frame: 0,
-            };
-            world.write(G, GREF, content);
+            offer(&world);
             let other = Arc::clone(&world);
-            let thread = thread::spawn(move || {
-                other.act(1, C, 0, |cpu, vcpu| {
-                    let mut item = Transfer {
-                        mfn: PAGES[3].0,
-                        domid: G,
-                        gref: GREF,
-                        ..Transfer::default()
-                    };
-                    cpu.transfer(vcpu, core::slice::from_mut(&mut item));
-                    item.status
-                })
-            });
+            let thread = thread::spawn(move || transfer(&other));
             let first = world.guest(G, GREF, |entry| entry.end_offer());
             let status = thread.join().unwrap();
             let last = match first {
