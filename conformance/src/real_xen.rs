@@ -42,12 +42,16 @@ pub(crate) enum XenError {
     #[error("docs/differences.json: {0}")]
     List(#[from] serde_json::Error),
     /// The emulator is not there.
-    #[error("{0} is not there: install qemu-system-x86, or name an emulator with --qemu")]
+    #[error(
+        "{0} is not there: install qemu-system-x86, or name an emulator with --qemu; conformance/fetch FOLDER \
+         gets one beside what is installed"
+    )]
     NoEmulator(PathBuf),
     /// The hypervisor is not there.
     #[error(
         "{0} is no hypervisor: install xen-hypervisor-4.17-amd64, then \
-         zcat /boot/xen-4.17-amd64.gz > xen, and name that file with --xen"
+         zcat /boot/xen-4.17-amd64.gz > xen, and name that file with --xen; conformance/fetch FOLDER gets it \
+         beside what is installed"
     )]
     NoHypervisor(PathBuf),
     /// The kernel could not be built.
