@@ -8,7 +8,7 @@ use gnttab_engine::Version;
 
 use crate::flat::Memory;
 use crate::limits::copies;
-use crate::mapping::{BATCHES, VERSIONS, cold_memory, cold_plan, scattered};
+use crate::mapping::{BATCHES, VERSIONS, cold_memory, cold_plan, scattered, use_each_once};
 use crate::report::Temperature;
 use crate::sampler::{Case, Sampler};
 use crate::scene::{Actor, Plan, SLOTS, Scene};
@@ -98,6 +98,7 @@ fn cold(sampler: &mut Sampler<'_>, version: Version, size: u16) {
     let memory = cold_memory();
     let scene = Scene::new(plan, memory);
     let mut actor = scene.actor(0, 0, 0);
+    use_each_once(&mut actor);
     // One turn for both: what one of them has read, the other does not find in a cache.
     let next = RefCell::new(scattered(plan.grants));
     let next = || (next.borrow_mut())();

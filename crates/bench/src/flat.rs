@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use gnttab_abi::{CacheOp, DomId, Errno, Gfn, Mfn, PAGE_SIZE};
 use gnttab_engine::{
     Access, Fault, FrameOwner, GuestMemory, HostError, HostMapping, HostUnmapping, Hypervisor, PageWords,
-    ResolveError, Resolved, StealError,
+    ResolveError, Resolved, StealError, fetch_to_write,
 };
 
 /// All frames of the machine.
@@ -241,6 +241,17 @@ impl<'m> Hypervisor for Flat<'m> {
     }
 
     #[inline]
+    fn get_writable_frame(&self, mfn: Mfn) -> Option<(FrameOwner, bool)> {
+        let frame = self.frame(mfn)?;
+        let typed = frame.get_both()?;
+        let Ok(owner) = u16::try_from(frame.owner.load(Ordering::Relaxed)) else {
+            frame.put(if typed { REFERENCE + TYPE } else { REFERENCE });
+            return None;
+        };
+        Some((FrameOwner::Domain(DomId(owner)), typed))
+    }
+
+    #[inline]
     fn put_writable_frame(&self, mfn: Mfn) {
         if let Some(frame) = self.frame(mfn) {
             frame.put(REFERENCE + TYPE);
@@ -280,6 +291,23 @@ impl<'m> Hypervisor for Flat<'m> {
     fn copy(&self, source: (Mfn, u16), dest: (Mfn, u16), len: u16) {
         if let (Some(from), Some(to)) = (self.memory.frame(source.0.0), self.memory.frame(dest.0.0)) {
             let _within = PageWords::copy(from, source.1, to, dest.1, len);
+        }
+    }
+
+    #[inline(always)]
+    fn expect_frame(&self, _: &FlatDomain, gfn: Gfn, bytes: (u16, u16)) {
+        if let Some(frame) = self.frame(Mfn(gfn.0)) {
+            fetch_to_write(frame);
+        }
+        if let Some(page) = self.memory.frame(gfn.0) {
+            page.fetch_bytes_to_read(bytes.0, bytes.1);
+        }
+    }
+
+    #[inline(always)]
+    fn expect_mapping(&self, grantee: &FlatDomain, addr: u64) {
+        if let Some(entry) = grantee.entry(addr) {
+            fetch_to_write(entry);
         }
     }
 
@@ -455,6 +483,14 @@ impl GuestMemory for Guest<'_> {
             Some(page) if page.read(offset, into) => Ok(()),
             _ => self.read_across(addr, into),
         }
+    }
+
+    #[inline(always)]
+    fn peek(&self, addr: u64, into: &mut [u8]) -> bool {
+        self.locate(addr, into.len()).is_ok_and(|(frame, offset)| {
+            let page = self.memory.frame(frame);
+            page.is_some_and(|page| page.read(offset, into))
+        })
     }
 
     #[inline(always)]

@@ -1,10 +1,12 @@
 //! The private state of a grant entry: one word that says who uses it and how, and the frame.
 //!
 //! ```text
-//! bit   0        8        16       24       32            47        48     63
-//!       | writes | reads  | writes | reads  | grantee     | partial | far  | busy
-//!       |  host  |  host  | device | device | (15 bits)   |         |      |
+//! bit   0        8        16       24       32            47        48     49          63
+//!       | writes | reads  | writes | reads  | grantee     | partial | far  | top of    | busy
+//!       |  host  |  host  | device | device | (15 bits)   |         |      | the frame |
 //! ```
+//!
+//! The rest of the frame's number, its low 32 bits, is a word of its own: twelve bytes for each reference.
 //!
 //! The protocol, which is the whole of the locking between users of one entry:
 //! 1. Whoever finds the entry pinned in the way it needs adds its pins with one compare-and-swap.
@@ -20,7 +22,8 @@
 
 use gnttab_abi::{DomId, GrantRef, MapFlags, Mfn};
 
-use crate::sync::{AtomicU64, Ordering, spin_loop};
+use crate::ahead::fetch_to_write;
+use crate::sync::{AtomicU32, AtomicU64, Ordering, spin_loop};
 
 /// Counters to be added to, or taken from, an entry's pins: at most one of each kind.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -80,6 +83,8 @@ pub(crate) struct State(u64);
 impl State {
     const PARTIAL: u64 = 1 << 47;
     const FAR: u64 = 1 << 48;
+    const TOP_SHIFT: u32 = 49;
+    const TOP_MASK: u64 = (1 << (MFN_BITS - 32)) - 1;
     const BUSY: u64 = 1 << 63;
     const GRANTEE_SHIFT: u32 = 32;
     const GRANTEE_MASK: u64 = 0x7FFF;
@@ -93,6 +98,17 @@ impl State {
             UseKind::Transitive => Self::PARTIAL | Self::FAR,
         };
         State(u64::from(pins.0) | (u64::from(grantee.0) & Self::GRANTEE_MASK) << Self::GRANTEE_SHIFT | kind)
+    }
+
+    #[inline]
+    fn with_top_of(self, mfn: Mfn) -> State {
+        debug_assert!(mfn.0 >> MFN_BITS == 0, "rule 4 of a hypervisor");
+        State(self.0 | (mfn.0 >> 32 & Self::TOP_MASK) << Self::TOP_SHIFT)
+    }
+
+    #[inline]
+    fn top_of_mfn(self) -> u64 {
+        self.0 >> Self::TOP_SHIFT & Self::TOP_MASK
     }
 
     #[expect(
@@ -175,24 +191,60 @@ pub(crate) enum UseKind {
     Transitive,
 }
 
-/// One active entry: 16 bytes for each reference.
-pub(crate) struct Active {
-    state: AtomicU64,
-    /// Meaningful while pinned; written under `busy` only.
-    mfn: AtomicU64,
+/// Bits that a frame's number may have (see [`Hypervisor`](crate::Hypervisor)).
+const MFN_BITS: u32 = 46;
+
+/// The active entries of `N` neighbours, a power of two.
+pub(crate) struct Actives<const N: usize> {
+    states: [AtomicU64; N],
+    frames: [AtomicU32; N],
 }
 
-impl Active {
-    pub(crate) fn new() -> Active {
-        Active {
-            state: AtomicU64::new(0),
-            mfn: AtomicU64::new(0),
+impl<const N: usize> Actives<N> {
+    pub(crate) fn new() -> Actives<N> {
+        const { assert!(N.is_power_of_two()) };
+        Actives {
+            states: core::array::from_fn(|_| AtomicU64::new(0)),
+            frames: core::array::from_fn(|_| AtomicU32::new(0)),
         }
+    }
+
+    /// One of them. The index is taken modulo `N`.
+    #[inline(always)]
+    pub(crate) fn get(&self, index: usize) -> Active<'_> {
+        let index = index & (N - 1);
+        Active {
+            state: &self.states[index],
+            frame: &self.frames[index],
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Active<'_>> {
+        (0..N).map(|index| self.get(index))
+    }
+}
+
+/// One active entry.
+#[derive(Clone, Copy)]
+pub(crate) struct Active<'a> {
+    state: &'a AtomicU64,
+    /// Low bits of the frame's number. Meaningful while pinned; written under `busy` only.
+    frame: &'a AtomicU32,
+}
+
+impl<'a> Active<'a> {
+    /// A hint: the entry will be used soon.
+    #[inline(always)]
+    pub(crate) fn expect(self) {
+        fetch_to_write(self.state);
+        fetch_to_write(self.frame);
     }
 
     /// A look at the state that nobody else is in the middle of changing.
     #[inline]
-    pub(crate) fn load(&self) -> State {
+    pub(crate) fn load(self) -> State {
+        // Whoever looks is about to change it.
+        fetch_to_write(self.state);
         loop {
             let state = State(self.state.load(Ordering::Acquire));
             if !state.is_busy() {
@@ -203,26 +255,27 @@ impl Active {
     }
 
     /// A look without waiting, for observers. Pins of a use that is just beginning may be missing.
-    pub(crate) fn peek(&self) -> State {
+    pub(crate) fn peek(self) -> State {
         State(self.state.load(Ordering::Acquire))
     }
 
     /// The frame. Stable while the caller, or a mapping it looks at, holds a pin.
     #[inline]
-    pub(crate) fn mfn(&self) -> Mfn {
-        Mfn(self.mfn.load(Ordering::Relaxed))
+    pub(crate) fn mfn(self) -> Mfn {
+        let top = State(self.state.load(Ordering::Relaxed)).top_of_mfn();
+        Mfn(u64::from(self.frame.load(Ordering::Relaxed)) | top << 32)
     }
 
     /// Adds pins to a state that allows them (protocol step 1). False: the state has moved.
     #[inline]
-    pub(crate) fn add_pins(&self, seen: State, wanted: Pins) -> bool {
+    pub(crate) fn add_pins(self, seen: State, wanted: Pins) -> bool {
         self.exchange(seen, seen.plus(wanted))
     }
 
     /// Takes the entry for a step that touches the shared entry (protocol step 2). `None`: the
     /// state has moved.
     #[inline]
-    pub(crate) fn claim(&self, seen: State) -> Option<Claim<'_>> {
+    pub(crate) fn claim(self, seen: State) -> Option<Claim<'a>> {
         // Lazily: a claim that was not had must not be made, for its drop writes.
         self.exchange(seen, State(seen.0 | State::BUSY)).then(|| Claim {
             entry: self,
@@ -230,12 +283,17 @@ impl Active {
         })
     }
 
-    /// Lowers pins. `touch` is given a state with the pins already lowered when the shared entry
-    /// has to be told, and runs with the entry held.
-    #[inline]
-    pub(crate) fn drop_pins(&self, pins: Pins, must_tell: impl Fn(State) -> bool, tell: impl FnOnce(State)) {
+    /// Lowers pins in a state that was `seen`. `tell` is given a state with the pins already lowered when
+    /// the shared entry has to be told, and runs with the entry held.
+    #[inline(always)]
+    pub(crate) fn drop_pins(
+        self,
+        mut seen: State,
+        pins: Pins,
+        must_tell: impl Fn(State) -> bool,
+        tell: impl FnOnce(State),
+    ) {
         loop {
-            let seen = self.load();
             let left = seen.minus(pins);
             if !must_tell(left) {
                 if self.exchange(seen, left) {
@@ -246,11 +304,12 @@ impl Active {
                 claim.result = left;
                 return;
             }
+            seen = self.load();
         }
     }
 
     #[inline]
-    fn exchange(&self, seen: State, new: State) -> bool {
+    fn exchange(self, seen: State, new: State) -> bool {
         self.state
             .compare_exchange(seen.0, new.0, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
@@ -260,7 +319,7 @@ impl Active {
 /// An entry held by `busy`. Dropped, it publishes the state that was set, by default the one that
 /// was found.
 pub(crate) struct Claim<'a> {
-    entry: &'a Active,
+    entry: Active<'a>,
     result: State,
 }
 
@@ -268,8 +327,8 @@ impl Claim<'_> {
     /// The first use: the frame becomes known, then the state.
     #[inline]
     pub(crate) fn publish_first(mut self, mfn: Mfn, state: State) {
-        self.entry.mfn.store(mfn.0, Ordering::Relaxed);
-        self.result = state;
+        self.entry.frame.store(low_of(mfn), Ordering::Relaxed);
+        self.result = state.with_top_of(mfn);
     }
 
     /// A further use.
@@ -284,6 +343,12 @@ impl Drop for Claim<'_> {
     fn drop(&mut self) {
         self.entry.state.store(self.result.0, Ordering::Release);
     }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the low half")]
+#[inline]
+fn low_of(mfn: Mfn) -> u32 {
+    mfn.0 as u32
 }
 
 /// What a version 2 entry in use needs beyond frame and state, in one word; written under `busy`
@@ -327,10 +392,12 @@ mod tests {
     use super::*;
 
     const D2: DomId = DomId(2);
+    /// With the lowest and the highest bit that a frame's number may have.
+    const FRAME: Mfn = Mfn(1 << (MFN_BITS - 1) | 7);
 
-    fn first(entry: &Active, pins: Pins) {
+    fn first(entry: Active<'_>, pins: Pins) {
         let claim = entry.claim(entry.load()).unwrap();
-        claim.publish_first(Mfn(7), State::first(D2, UseKind::Whole, pins));
+        claim.publish_first(FRAME, State::first(D2, UseKind::Whole, pins));
     }
 
     #[test]
@@ -341,8 +408,9 @@ mod tests {
             Pins::DEVICE_READ,
             Pins::DEVICE_WRITE,
         ] {
-            let entry = Active::new();
-            first(&entry, pins);
+            let actives = Actives::<1>::new();
+            let entry = actives.get(0);
+            first(entry, pins);
             for _ in 1..128 {
                 assert!(!entry.load().is_full_for(pins));
                 assert!(entry.add_pins(entry.load(), pins));
@@ -363,12 +431,14 @@ mod tests {
 
     #[test]
     fn the_last_pin_leaves_an_empty_word() {
-        let entry = Active::new();
-        first(&entry, Pins::HOST_WRITE);
+        let actives = Actives::<1>::new();
+        let entry = actives.get(0);
+        first(entry, Pins::HOST_WRITE);
         assert!(entry.add_pins(entry.load(), Pins::HOST_READ));
-        entry.drop_pins(Pins::HOST_WRITE, |_| false, |_| ());
-        assert_eq!((entry.load().grantee(), entry.mfn()), (D2, Mfn(7)));
+        entry.drop_pins(entry.load(), Pins::HOST_WRITE, |_| false, |_| ());
+        assert_eq!((entry.load().grantee(), entry.mfn()), (D2, FRAME));
         entry.drop_pins(
+            entry.load(),
             Pins::HOST_READ,
             |left| !left.is_pinned(),
             |left| assert_eq!(left, State(0)),
@@ -378,8 +448,9 @@ mod tests {
 
     #[test]
     fn a_claim_that_is_given_up_leaves_the_state_alone() {
-        let entry = Active::new();
-        first(&entry, Pins::HOST_READ);
+        let actives = Actives::<1>::new();
+        let entry = actives.get(0);
+        first(entry, Pins::HOST_READ);
         let before = entry.load();
         drop(entry.claim(before).unwrap());
         assert_eq!(entry.load(), before);
@@ -387,9 +458,10 @@ mod tests {
 
     #[test]
     fn a_claim_that_was_not_had_changes_nothing() {
-        let entry = Active::new();
+        let actives = Actives::<1>::new();
+        let entry = actives.get(0);
         let before = entry.load();
-        first(&entry, Pins::HOST_READ);
+        first(entry, Pins::HOST_READ);
         assert!(entry.claim(before).is_none());
         assert!(entry.load().is_pinned());
     }

@@ -42,7 +42,7 @@ const ATTEMPTS: u32 = 5;
 
 /// Marks the shared entry for a use by `user`. Runs when the entry is unpinned, or pinned without
 /// write pins while writing is wanted; `pinned` tells which. Returns the head that was judged.
-#[inline]
+#[inline(always)]
 pub(crate) fn begin_use<H: Hypervisor>(
     hv: &H,
     entry: &SharedEntry<'_>,
@@ -57,7 +57,7 @@ pub(crate) fn begin_use<H: Hypervisor>(
     }
 }
 
-#[inline]
+#[inline(always)]
 fn begin_v1<H: Hypervisor>(
     hv: &H,
     entry: &SharedV1<'_>,
@@ -88,7 +88,7 @@ fn begin_v1<H: Hypervisor>(
     Err(Refused)
 }
 
-#[inline]
+#[inline(always)]
 fn begin_v2<H: Hypervisor>(
     hv: &H,
     entry: &SharedV2<'_>,
@@ -122,7 +122,7 @@ fn begin_v2<H: Hypervisor>(
 }
 
 /// The marks that a use leaves to be cleared when it ends with `left` in force (spec 4.3 step 1).
-#[inline]
+#[inline(always)]
 pub(crate) fn marks_to_clear(left: State, ended: Access) -> EntryFlags {
     let mut marks = EntryFlags::empty();
     if !left.is_pinned() {
@@ -135,7 +135,7 @@ pub(crate) fn marks_to_clear(left: State, ended: Access) -> EntryFlags {
 }
 
 /// Gives the shared entry back after a use, or an attempt, that wanted `ended` (spec 4.3).
-#[inline]
+#[inline(always)]
 pub(crate) fn end_use(entry: &SharedEntry<'_>, left: State, ended: Access) {
     let marks = marks_to_clear(left, ended);
     if marks.is_empty() {

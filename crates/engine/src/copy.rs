@@ -117,7 +117,6 @@ impl<H: Hypervisor> Processor<'_, H> {
 impl<H: Hypervisor> Visit<'_, H> {
     /// One item, with what the call has kept so far.
     pub(crate) fn copy_item(&mut self, vcpu: &Vcpu<H>, run: &mut Run<H>, item: &Copy) -> GrantStatus {
-        vcpu.counters().operation(Op::Copy);
         let status = match self.copy_one(vcpu, run, item) {
             Ok(()) => GrantStatus::OKAY,
             Err(status) => {
@@ -143,7 +142,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         run.pair = None;
     }
 
-    #[inline]
+    #[inline(always)]
     fn copy_one(&mut self, vcpu: &Vcpu<H>, run: &mut Run<H>, item: &Copy) -> Result<(), GrantStatus> {
         let engine = self.engine;
         let caller = &vcpu.domain;
@@ -238,7 +237,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     }
 
     /// Steps 2 and 3: the kept buffer if it is for the same thing, else a new claim (spec 5.3).
-    #[inline]
+    #[inline(always)]
     fn keep_or_claim(
         &mut self,
         caller: &Arc<Domain<H>>,
@@ -299,7 +298,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn drop_buffer(&mut self, buffer: &Buffer, access: Access) {
         let engine = self.engine;
         let put = || put(&engine.hv, buffer.mfn, buffer.typed);
@@ -311,7 +310,7 @@ impl<H: Hypervisor> Visit<'_, H> {
 
     /// Acquires a use of an entry by grant: one pin in it, and one reference on the frame (spec
     /// 5.4). `user` must be the grantee; `transitive` says whether a far grant may be followed.
-    #[inline]
+    #[inline(always)]
     fn acquire(
         &mut self,
         granter: DomId,
@@ -330,7 +329,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         Err(GrantStatus::GENERAL_ERROR)
     }
 
-    #[inline]
+    #[inline(always)]
     fn acquire_once(
         &mut self,
         granter: DomId,
@@ -397,7 +396,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                         typed,
                     });
                 }
-                lower(domain, &entry, access);
+                lower(domain, &entry, access, entry.active.load());
                 if owner.is_some() {
                     hv.put_frame(mfn);
                 }
@@ -534,7 +533,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         if access == Access::Write {
             engine.hv.mark_dirty(domain.private(), entry.active.mfn());
         }
-        lower(domain, &entry, access);
+        lower(domain, &entry, access, state);
         let rest = match far {
             Some(far) => Some((far, put)),
             None => {
@@ -554,11 +553,12 @@ impl<H: Hypervisor> Visit<'_, H> {
 
 /// Takes a use by grant out of an entry's pins, and out of the table's count if it was the last
 /// that depends on version 2 (spec 2.4).
-#[inline]
-fn lower<H: Hypervisor>(domain: &Domain<H>, entry: &Entry<'_>, access: Access) {
-    let partial = entry.active.load().is_partial();
+#[inline(always)]
+fn lower<H: Hypervisor>(domain: &Domain<H>, entry: &Entry<'_>, access: Access, seen: State) {
+    let partial = seen.is_partial();
     let ends = |left: State| partial && !left.is_pinned();
     entry.active.drop_pins(
+        seen,
         pins_of(access),
         |left| ends(left) || !marks_to_clear(left, access).is_empty(),
         |left| {
@@ -587,7 +587,7 @@ impl Grip {
 
 /// Finds a frame and takes a reference on it, with the writable type where it is wanted and can be had
 /// along with it.
-#[inline]
+#[inline(always)]
 fn resolve<H: Hypervisor>(
     hv: &H,
     domain: &Domain<H>,

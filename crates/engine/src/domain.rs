@@ -224,8 +224,9 @@ pub(crate) struct IommuUse {
     pub(crate) writable: u32,
 }
 
-/// What belongs to one vCPU.
+/// What belongs to one vCPU, on cache lines of its own.
 #[derive(Default)]
+#[repr(align(64))]
 pub(crate) struct VcpuState {
     taken: AtomicBool,
     pub(crate) counters: Counters,

@@ -16,6 +16,7 @@ use gnttab_abi::{
     Op, QuerySize, SetVersion, SetupTable, SwapGrantRef, Transfer, Truncated, UnmapAndReplace, UnmapGrantRef,
 };
 
+use crate::ahead::Ahead;
 use crate::cache::Flushed;
 use crate::copy::Run;
 use crate::domain::{Reference, Vcpu};
@@ -55,6 +56,14 @@ pub trait GuestMemory {
     /// [`Fault`] if any byte cannot be written.
     fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), Fault>;
 
+    /// Looks at guest memory ahead of the read that counts, for hints alone: true if `into` was filled. It
+    /// may always say no, which is the default, and it may not wait.
+    #[inline(always)]
+    fn peek(&self, addr: u64, into: &mut [u8]) -> bool {
+        let _ = (addr, into);
+        false
+    }
+
     /// Where dump_table's text goes; the hypervisor's console, say.
     fn print(&self, text: &str) {
         let _ = text;
@@ -82,7 +91,7 @@ pub enum Outcome {
 }
 
 /// Largest structure of the interface.
-const LARGEST: usize = 40;
+pub(crate) const LARGEST: usize = 40;
 
 /// How a batch ended, before it is told to the guest.
 enum Stop {
@@ -189,6 +198,12 @@ impl<M: GuestMemory + ?Sized> Args<'_, M> {
     #[inline(always)]
     fn read(self, index: u32, size: usize, raw: &mut Raw) -> Result<(), Fault> {
         self.memory.read(self.at(index, size), &mut raw[..size])
+    }
+
+    /// A look at arguments ahead of their turn.
+    #[inline(always)]
+    fn peek(self, first: u32, size: usize, into: &mut [u8]) -> bool {
+        self.memory.peek(self.at(first, size), into)
     }
 
     /// Writes the start of an argument.
@@ -338,8 +353,12 @@ where
         let size = MapGrantRef::size(self.abi);
         let now = self.cpu.engine.hv.now();
         let mut visit = self.cpu.visit();
+        let mut ahead: Ahead<MapGrantRef> = Ahead::new();
         for index in 0..self.call.count {
             yield_before(index, self.yield_now)?;
+            ahead.step(&mut visit, self.vcpu, index, self.call.count, |first, into| {
+                self.args.peek(first, size, into)
+            });
             let mut raw = [0; LARGEST];
             self.args.read(index, size, &mut raw)?;
             let item = decoded(MapGrantRef::decode(self.abi, &raw))?;
@@ -428,9 +447,13 @@ where
         let (args, vcpu, yield_now) = (self.args, self.vcpu, &mut *self.yield_now);
         let mut visit = self.cpu.visit();
         let mut run = Run::new();
+        let mut ahead: Ahead<Copy> = Ahead::new();
         let mut items = || -> Result<(), Stop> {
             for index in 0..self.call.count {
                 yield_before(index, yield_now)?;
+                ahead.step(&mut visit, vcpu, index, self.call.count, |first, into| {
+                    args.peek(first, size, into)
+                });
                 let mut raw = [0; LARGEST];
                 args.read(index, size, &mut raw)?;
                 let item = decoded(Copy::decode(Abi::X86_64, &raw))?;

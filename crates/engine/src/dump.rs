@@ -20,7 +20,6 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// # Errors
     /// `BAD_DOMAIN` or `PERMISSION_DENIED`.
     pub fn dump_table(&mut self, vcpu: &Vcpu<H>, dom: DomId) -> Result<String, GrantStatus> {
-        vcpu.counters().operation(Op::DumpTable);
         let text = self
             .dump_target(vcpu, dom)
             .map(|dom| self.dump(dom).unwrap_or_default());

@@ -10,7 +10,8 @@
 //! 2. [`Hypervisor::map_host`] and [`Hypervisor::unmap_host`] either do the whole job or nothing,
 //!    but for what their documentation names.
 //! 3. References and types of an I/O frame are not counted: dropping one does nothing.
-//! 4. No method calls back into the engine, and none waits for another domain.
+//! 4. A frame's number is below 2^46: 58 bits of address.
+//! 5. No method calls back into the engine, and none waits for another domain.
 
 use gnttab_abi::{CacheOp, DomId, EntryFlags, Errno, Gfn, MapFlags, Mfn};
 
@@ -206,6 +207,13 @@ pub trait Hypervisor: Send + Sync + Sized {
         Ok((resolved, self.get_writable(resolved.mfn)))
     }
 
+    /// [`Hypervisor::get_frame`] and [`Hypervisor::get_writable`] in one, likewise. `None`: nothing was had.
+    #[inline]
+    fn get_writable_frame(&self, mfn: Mfn) -> Option<(FrameOwner, bool)> {
+        let owner = self.get_frame(mfn)?;
+        Some((owner, self.get_writable(mfn)))
+    }
+
     /// [`Hypervisor::put_writable`] and [`Hypervisor::put_frame`] in one.
     #[inline]
     fn put_writable_frame(&self, mfn: Mfn) {
@@ -222,6 +230,20 @@ pub trait Hypervisor: Send + Sync + Sized {
     /// Copies `len` bytes between two referenced frames. Both ranges lie within their pages.
     /// Guests may write to either at the same time; the bytes mean nothing to the copier.
     fn copy(&self, source: (Mfn, u16), dest: (Mfn, u16), len: u16);
+
+    /// A hint: `gfn` of `domain` will be resolved soon, and `bytes` of it moved, the first and how many
+    /// (none for a page that is only to be mapped). An implementation may ask its caches for what it will
+    /// look at then. It may not wait, and nothing may depend on it: what a guest wrote has not been judged.
+    #[inline(always)]
+    fn expect_frame(&self, domain: &Self::Domain, gfn: Gfn, bytes: (u16, u16)) {
+        let _ = (domain, gfn, bytes);
+    }
+
+    /// A hint: something will be mapped at `addr` soon, likewise.
+    #[inline(always)]
+    fn expect_mapping(&self, grantee: &Self::Domain, addr: u64) {
+        let _ = (grantee, addr);
+    }
 
     /// Notes that a grantee has written to a frame of `granter`.
     fn mark_dirty(&self, granter: &Self::Domain, mfn: Mfn) {

@@ -37,6 +37,7 @@ extern crate alloc;
 extern crate std;
 
 mod active;
+mod ahead;
 mod bound;
 mod cache;
 mod claim;
@@ -72,6 +73,7 @@ mod unmap;
 mod version;
 
 pub use active::PinCounts;
+pub use ahead::{fetch_to_read, fetch_to_write};
 pub use domain::{
     Config, CreateError, Domain, Limits, MAX_GRANT_FRAMES, MAX_MAPTRACK_FRAMES, OpSet, Reference, Vcpu,
     Version,

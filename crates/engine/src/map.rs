@@ -83,7 +83,6 @@ impl<H: Hypervisor> Processor<'_, H> {
 impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     pub(crate) fn map_item(&mut self, vcpu: &Vcpu<H>, item: &MapGrantRef, now: u64) -> MapGrantRef {
-        vcpu.counters().operation(Op::MapGrantRef);
         let (status, handle, dev_bus_addr) = match self.map_one(vcpu, item, now, false) {
             Ok((handle, mfn)) => (GrantStatus::OKAY, handle, mfn.address()),
             Err(status) => (status, item.handle, item.dev_bus_addr),
@@ -200,6 +199,10 @@ impl<H: Hypervisor> Mapping<'_, H> {
         // 12: one reference, which a first use has from its look-up
         let owner = match resolved {
             Some(resolved) => Some(resolved.owner),
+            None if self.needs_type() => self.hv.get_writable_frame(mfn).map(|(owner, had)| {
+                typed.set(Some(had));
+                owner
+            }),
             None => self.hv.get_frame(mfn),
         };
         let mut taken = Taken {
@@ -395,6 +398,7 @@ pub(crate) fn pin<H: Hypervisor>(
 #[inline(always)]
 pub(crate) fn unpin(entry: &Entry<'_>, pins: Pins, ended: Access) {
     entry.active.drop_pins(
+        entry.active.load(),
         pins,
         |left| !marks_to_clear(left, ended).is_empty(),
         |left| end_use(&entry.shared, left, ended),

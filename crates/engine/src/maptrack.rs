@@ -1,7 +1,8 @@
 //! The grantee's private list of its mappings, by handle.
 //!
-//! A record is one word: reference, granter and flags. Flags 0 means free; a free record's other word
-//! links it to the next free one, so that lists cost nothing. Each vCPU has a list of its own, which
+//! A record is one word: reference, granter and flags. Flags 0 means free; a free record's other, half a
+//! word, links it to the next free one, so that lists cost nothing: twelve bytes a mapping, made a page of
+//! 256 at a time. Each vCPU has a list of its own, which
 //! only its holder touches, without a locked operation; what a vCPU has too much of, and what is freed
 //! outside of tables, goes to the domain's common list, which has a lock. When the limit is reached and
 //! somebody finds nothing, all lists are *gathered* into the common one, for good: a handle that another
@@ -22,6 +23,7 @@ use alloc::boxed::Box;
 use gnttab_abi::{DomId, GrantHandle, GrantRef, MapFlags};
 
 use crate::bound::below;
+use crate::lazy::Lazy;
 use crate::segments::Segments;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering, spin_loop};
 
@@ -58,12 +60,42 @@ impl Record {
     }
 }
 
-/// One slot of the list: 16 bytes a mapping.
-struct Slot {
-    word: AtomicU64,
-    /// While live: when the mapping was made, in the hypervisor's clock. While on a list: the next
-    /// handle there, plus one; 0 ends it.
-    other: AtomicU64,
+/// Records that are made together.
+struct Page {
+    words: [AtomicU64; RECORDS_PER_PAGE as usize],
+    others: [AtomicU32; RECORDS_PER_PAGE as usize],
+}
+
+impl Page {
+    fn new() -> Page {
+        Page {
+            words: core::array::from_fn(|_| AtomicU64::new(0)),
+            others: core::array::from_fn(|_| AtomicU32::new(0)),
+        }
+    }
+}
+
+/// One slot of the list.
+#[derive(Clone, Copy)]
+struct Slot<'a> {
+    word: &'a AtomicU64,
+    /// While live: when the mapping was made. While on a list: the next handle there, plus one; 0 ends it.
+    other: &'a AtomicU32,
+}
+
+/// A moment of the hypervisor's clock as a record keeps it: half a word, in units of 2^24 ns, which comes
+/// round after 2^56 ns, 2.3 years.
+const BIRTH_SHIFT: u32 = 24;
+
+/// How long ago a mapping was made that a record says was made at `born`, both in the hypervisor's clock.
+pub(crate) fn age(born: u64, now: u64) -> u64 {
+    let units = (now >> BIRTH_SHIFT).wrapping_sub(born >> BIRTH_SHIFT) & u64::from(u32::MAX);
+    units << BIRTH_SHIFT
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the clock comes round")]
+fn birth(now: u64) -> u32 {
+    (now >> BIRTH_SHIFT) as u32
 }
 
 /// Free handles of one vCPU, on a cache line of their own (rule 4).
@@ -82,7 +114,8 @@ struct Common(u32);
 
 /// See the module.
 pub(crate) struct Maptrack {
-    slots: Segments<Slot, { RECORDS_PER_PAGE as usize }, 20>,
+    /// Pages of records; the pointers are few, and doubled as they grow.
+    pages: Segments<Lazy<Page, 1>, 4, 18>,
     /// Handles that exist: a multiple of 256.
     limit: AtomicU32,
     max_pages: u32,
@@ -100,7 +133,7 @@ impl Maptrack {
             length: AtomicU32::new(0),
         };
         Maptrack {
-            slots: Segments::new(),
+            pages: Segments::new(),
             limit: AtomicU32::new(0),
             max_pages,
             gathered: AtomicBool::new(false),
@@ -161,11 +194,9 @@ impl Maptrack {
             return None;
         }
         let new = old.checked_add(RECORDS_PER_PAGE)?;
-        let free = || Slot {
-            word: AtomicU64::new(0),
-            other: AtomicU64::new(0),
-        };
-        self.slots.grow(new as usize, free).ok()?;
+        let page = (old / RECORDS_PER_PAGE) as usize;
+        self.pages.grow(page + 1, Lazy::new).ok()?;
+        self.pages.get(page)?.get_or_make(0, Page::new).ok()?;
         self.limit.store(new, Ordering::Release);
         let last = if new / RECORDS_PER_PAGE == self.max_pages {
             new - 1
@@ -220,14 +251,13 @@ impl Maptrack {
     #[inline]
     fn first(&self, top: u32) -> Option<(GrantHandle, u32)> {
         let handle = GrantHandle(top.checked_sub(1)?);
-        let link = self.slot(handle)?.other.load(Ordering::Relaxed);
-        Some((handle, u32::try_from(link).unwrap_or(0)))
+        Some((handle, self.slot(handle)?.other.load(Ordering::Relaxed)))
     }
 
     #[inline]
     fn push(&self, top: &mut u32, handle: GrantHandle) {
         if let Some(slot) = self.slot(handle) {
-            slot.other.store(u64::from(*top), Ordering::Relaxed);
+            slot.other.store(*top, Ordering::Relaxed);
             *top = handle.0 + 1;
         }
     }
@@ -242,15 +272,21 @@ impl Maptrack {
     }
 
     #[inline]
-    fn slot(&self, handle: GrantHandle) -> Option<&Slot> {
-        self.slots.get(below(handle.0, self.limit())?)
+    fn slot(&self, handle: GrantHandle) -> Option<Slot<'_>> {
+        let index = below(handle.0, self.limit())?;
+        let page = self.pages.get(index / RECORDS_PER_PAGE as usize)?.get(0)?;
+        let index = index % RECORDS_PER_PAGE as usize;
+        Some(Slot {
+            word: &page.words[index],
+            other: &page.others[index],
+        })
     }
 
     /// Fills the record of an allocated handle; from here on it is live (HND-6: one store).
     #[inline]
     pub(crate) fn publish(&self, handle: GrantHandle, record: Record, now: u64) {
         if let Some(slot) = self.slot(handle) {
-            slot.other.store(now, Ordering::Relaxed);
+            slot.other.store(birth(now), Ordering::Relaxed);
             slot.word.store(record.word(), Ordering::Release);
         }
     }
@@ -269,10 +305,11 @@ impl Maptrack {
         Some(Live { slot, record })
     }
 
-    /// The record of a live handle and when it was made, for observers.
+    /// The record of a live handle and when it was made (see [`age`]), for observers.
     pub(crate) fn look_with_birth(&self, handle: GrantHandle) -> Option<(Record, u64)> {
         let record = self.look(handle)?;
-        Some((record, self.slot(handle)?.other.load(Ordering::Relaxed)))
+        let born = u64::from(self.slot(handle)?.other.load(Ordering::Relaxed)) << BIRTH_SHIFT;
+        Some((record, born))
     }
 
     /// Takes a live record for one unmap, if it still says `expected`.
@@ -309,14 +346,15 @@ impl Maptrack {
 
     /// Bytes of memory behind the records.
     pub(crate) fn bytes(&self) -> usize {
-        self.slots.bytes()
+        let pages = (self.limit() / RECORDS_PER_PAGE) as usize;
+        self.pages.bytes() + pages * size_of::<Page>()
     }
 }
 
 /// A handle that was live when it was looked at, and what its record said.
 #[derive(Clone, Copy)]
 pub(crate) struct Live<'a> {
-    slot: &'a Slot,
+    slot: Slot<'a>,
     pub(crate) record: Record,
 }
 
@@ -341,7 +379,7 @@ impl<'a> Live<'a> {
 
 /// A record held for one unmap. Dropped, it says what is left of the mapping.
 pub(crate) struct RecordClaim<'a> {
-    slot: &'a Slot,
+    slot: Slot<'a>,
     /// The record's word as it will be; kinds that were removed are missing in it.
     left: u64,
 }
@@ -443,14 +481,27 @@ mod tests {
         let handle = maptrack.allocate(0).unwrap();
         let live = record(MapFlags::HOST_MAP);
         assert_eq!(maptrack.look(handle), None);
-        maptrack.publish(handle, live, 5);
-        assert_eq!(maptrack.look_with_birth(handle), Some((live, 5)));
+        let born = 5 << BIRTH_SHIFT;
+        maptrack.publish(handle, live, born + 1);
+        assert_eq!(maptrack.look_with_birth(handle), Some((live, born)));
         let mut claim = maptrack.claim(handle, live).unwrap();
         claim.remove(MapFlags::HOST_MAP);
         assert!(claim.is_empty());
         drop(claim);
         assert!(maptrack.claim(handle, live).is_none());
         assert_eq!(maptrack.look(handle), None);
+    }
+
+    #[test]
+    fn an_age_outlives_the_clock_of_the_records() {
+        let hour = 3_600_000_000_000;
+        for now in [hour, (1 << 56) + hour / 2, u64::MAX] {
+            let (handle, maptrack) = (GrantHandle(0), Maptrack::new(1, 1));
+            assert_eq!(maptrack.allocate(0), Some(handle));
+            maptrack.publish(handle, record(MapFlags::HOST_MAP), now.wrapping_sub(hour));
+            let (_, born) = maptrack.look_with_birth(handle).unwrap();
+            assert!(age(born, now).abs_diff(hour) <= 1 << BIRTH_SHIFT, "at {now}");
+        }
     }
 
     #[test]

@@ -250,6 +250,15 @@ impl<'a, H: Hypervisor> Visit<'a, H> {
         self.inside
     }
 
+    /// The domain of that number, if the processor is inside its table, or was inside none.
+    #[inline(always)]
+    pub(crate) fn inside(&mut self, id: DomId) -> Option<&Domain<H>> {
+        if self.inside.is_none() {
+            return self.enter_another(id);
+        }
+        self.inside.filter(|domain| domain.id() == id)
+    }
+
     /// Leaves the table, if the processor is inside one.
     #[inline]
     pub(crate) fn leave(&mut self) {

@@ -51,7 +51,6 @@ impl<H: Hypervisor> Processor<'_, H> {
         capacity: Option<usize>,
         store: &mut dyn FnMut(u32, Gfn) -> bool,
     ) -> GrantStatus {
-        vcpu.counters().operation(Op::SetupTable);
         let done = self.setup_table_one(vcpu, dom, nr_frames, capacity, store);
         let status = done.err().unwrap_or(GrantStatus::OKAY);
         vcpu.answer(&self.engine.hv, Op::SetupTable, Some(dom), None, status);
@@ -120,7 +119,6 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// # Errors
     /// `BAD_DOMAIN` or `PERMISSION_DENIED`.
     pub fn query_size(&mut self, vcpu: &Vcpu<H>, dom: DomId) -> Result<TableSize, GrantStatus> {
-        vcpu.counters().operation(Op::QuerySize);
         let result = self.query_size_one(vcpu, dom);
         let status = result.err().unwrap_or(GrantStatus::OKAY);
         vcpu.answer(&self.engine.hv, Op::QuerySize, Some(dom), None, status);
@@ -150,7 +148,6 @@ impl<H: Hypervisor> Processor<'_, H> {
         capacity: Option<usize>,
         store: &mut dyn FnMut(u32, Gfn) -> bool,
     ) -> GrantStatus {
-        vcpu.counters().operation(Op::GetStatusFrames);
         let done = self.get_status_frames_one(vcpu, dom, nr_frames, capacity, store);
         let status = done.err().unwrap_or(GrantStatus::OKAY);
         vcpu.answer(&self.engine.hv, Op::GetStatusFrames, Some(dom), None, status);

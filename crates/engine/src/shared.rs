@@ -27,9 +27,16 @@ use core::sync::atomic::AtomicU8;
 use gnttab_abi::PAGE_SIZE;
 use gnttab_abi::{EntryFlags, EntryHead, EntryV1, EntryV2};
 
+use crate::ahead::{fetch_to_read, fetch_to_write};
 #[cfg(loom)]
 use crate::pages::{STATUS_PER_PAGE, V1_ENTRIES_PER_PAGE, V2_ENTRIES_PER_PAGE};
-use crate::sync::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU16, AtomicU32, AtomicU64, Ordering, full_barrier};
+
+/// Bytes of a cache line, and how many of them are asked for ahead of a copy.
+#[cfg(not(loom))]
+const LINE: usize = 64;
+#[cfg(not(loom))]
+const LINES_AHEAD: usize = 4;
 
 /// One page that a guest shares, as atomic words.
 ///
@@ -182,7 +189,7 @@ impl PageWords {
 
     /// Copies bytes out of the page; false, and nothing done, past its end.
     #[must_use]
-    #[inline]
+    #[inline(always)]
     pub fn read(&self, offset: usize, into: &mut [u8]) -> bool {
         if offset > PAGE_SIZE || into.len() > PAGE_SIZE - offset {
             return false;
@@ -201,7 +208,7 @@ impl PageWords {
 
     /// Copies bytes into the page; false, and nothing done, past its end.
     #[must_use]
-    #[inline]
+    #[inline(always)]
     pub fn write(&self, offset: usize, bytes: &[u8]) -> bool {
         if offset > PAGE_SIZE || bytes.len() > PAGE_SIZE - offset {
             return false;
@@ -253,6 +260,16 @@ impl PageWords {
         true
     }
 
+    /// A hint: `len` bytes from `from` will be read soon. The first lines are asked for; once these are
+    /// used, the processor sees for itself where the reading goes.
+    #[inline]
+    pub fn fetch_bytes_to_read(&self, from: u16, len: u16) {
+        for line in 0..usize::from(len).div_ceil(LINE).min(LINES_AHEAD) {
+            let offset = (usize::from(from) + line * LINE) & (PAGE_SIZE - 1);
+            fetch_to_read(self.u16(offset / 2));
+        }
+    }
+
     /// Zeroes the page.
     pub(crate) fn clear(&self) {
         for i in 0..PAGE_SIZE / 8 {
@@ -261,25 +278,64 @@ impl PageWords {
     }
 }
 
-/// Moves bytes, upwards, by one instruction: it has a meaning whatever is written meanwhile, also to
-/// the same bytes, which an access of the language has not.
+/// Moves bytes by instructions that have a meaning whatever is written meanwhile, also to the same bytes,
+/// which accesses of the language have not. Up to 64 bytes are all loaded before the first is stored.
 ///
 /// # Safety
 ///
 /// `from` can be read and `to` written for `len` bytes, and nobody but the holders of a [`PageWords`]
 /// reaches them meanwhile.
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
-#[inline]
+#[expect(clippy::multiple_unsafe_ops_per_block, reason = "one arm of them runs")]
+#[inline(always)]
 unsafe fn carry(from: *const u8, to: *mut u8, len: usize) {
-    // SAFETY: the caller's promise; the direction flag is clear wherever Rust code runs.
+    use core::arch::asm;
+
+    /// Two moves of one width: the first bytes, and the last, which may be some of the same.
+    macro_rules! ends {
+        ($class:ident, $mov:literal, $($form:literal)?, $width:literal) => {
+            asm!(
+                concat!($mov, " {a", $($form,)? "}, [{from}]"),
+                concat!($mov, " {b", $($form,)? "}, [{from} + {len} - ", $width, "]"),
+                concat!($mov, " [{to}], {a", $($form,)? "}"),
+                concat!($mov, " [{to} + {len} - ", $width, "], {b", $($form,)? "}"),
+                from = in(reg) from, to = in(reg) to, len = in(reg) len,
+                a = out($class) _, b = out($class) _,
+                options(nostack, preserves_flags),
+            )
+        };
+    }
+    // SAFETY: the caller's promise; each arm stays within `len` bytes, which its range says it has. The
+    // direction flag is clear wherever Rust code runs.
     unsafe {
-        core::arch::asm!(
-            "rep movsb",
-            inout("rcx") len => _,
-            inout("rsi") from => _,
-            inout("rdi") to => _,
-            options(nostack, preserves_flags),
-        );
+        match len {
+            0 => {}
+            1 => asm!("mov {a}, [{from}]", "mov [{to}], {a}",
+                from = in(reg) from, to = in(reg) to, a = out(reg_byte) _,
+                options(nostack, preserves_flags)),
+            2..=3 => ends!(reg, "mov", ":x", 2),
+            4..=7 => ends!(reg, "mov", ":e", 4),
+            8..=15 => ends!(reg, "mov", , 8),
+            16..=32 => ends!(xmm_reg, "movups", , 16),
+            33..=64 => asm!(
+                "movups {a}, [{from}]",
+                "movups {b}, [{from} + 16]",
+                "movups {c}, [{from} + {len} - 32]",
+                "movups {d}, [{from} + {len} - 16]",
+                "movups [{to}], {a}",
+                "movups [{to} + 16], {b}",
+                "movups [{to} + {len} - 32], {c}",
+                "movups [{to} + {len} - 16], {d}",
+                from = in(reg) from, to = in(reg) to, len = in(reg) len,
+                a = out(xmm_reg) _, b = out(xmm_reg) _, c = out(xmm_reg) _, d = out(xmm_reg) _,
+                options(nostack, preserves_flags),
+            ),
+            _ => asm!(
+                "rep movsb",
+                inout("rcx") len => _, inout("rsi") from => _, inout("rdi") to => _,
+                options(nostack, preserves_flags),
+            ),
+        }
     }
 }
 
@@ -320,6 +376,12 @@ impl<'a> SharedV1<'a> {
     #[inline]
     fn frame_word(&self) -> &'a AtomicU32 {
         self.page.u32(self.slot * V1_HEAD_WORDS + 1)
+    }
+
+    /// A hint: the entry will be marked soon.
+    #[inline(always)]
+    pub(crate) fn expect(&self) {
+        fetch_to_write(self.head());
     }
 
     /// One load of flags and grantee.
@@ -404,6 +466,13 @@ impl<'a> SharedV2<'a> {
         self.status_page.u16(self.status_slot)
     }
 
+    /// A hint: the entry will be read and its status word marked soon.
+    #[inline(always)]
+    pub(crate) fn expect(&self) {
+        fetch_to_read(self.head());
+        fetch_to_write(self.status());
+    }
+
     /// One load of flags and grantee.
     #[inline]
     pub(crate) fn load_head(&self) -> EntryHead {
@@ -415,7 +484,7 @@ impl<'a> SharedV2<'a> {
     #[inline]
     pub(crate) fn mark_then_load_head(&self, mark: EntryFlags, between: impl FnOnce()) -> EntryHead {
         self.status().fetch_or(mark.bits(), Ordering::SeqCst);
-        fence(Ordering::SeqCst);
+        full_barrier();
         between();
         EntryHead::from_word(self.head().load(Ordering::SeqCst))
     }

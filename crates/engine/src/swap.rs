@@ -20,7 +20,6 @@ impl<H: Hypervisor> Processor<'_, H> {
     }
 
     pub(crate) fn swap_item(&mut self, vcpu: &Vcpu<H>, ref_a: GrantRef, ref_b: GrantRef) -> GrantStatus {
-        vcpu.counters().operation(Op::SwapGrantRef);
         let status = self
             .swap_one(vcpu, ref_a, ref_b)
             .err()

@@ -7,9 +7,7 @@
 #[cfg(not(loom))]
 mod real {
     pub(crate) use core::hint::spin_loop;
-    pub(crate) use core::sync::atomic::{
-        AtomicBool, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, Ordering, fence,
-    };
+    pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
     pub(crate) use spin::{Mutex, Once};
 }

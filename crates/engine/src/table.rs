@@ -11,7 +11,7 @@
 
 use gnttab_abi::{DomId, ENTRY_V1_SIZE, EntryHead, GrantRef, GrantStatus};
 
-use crate::active::{Active, Extra, State};
+use crate::active::{Active, Actives, Extra, State};
 use crate::bound::below;
 use crate::domain::Version;
 use crate::hypervisor::{Hook, Hypervisor};
@@ -38,7 +38,7 @@ struct Frame<P> {
 
 /// The private state of neighbouring entries.
 struct Piece {
-    active: [Active; PIECE],
+    active: Actives<PIECE>,
     /// One word for each entry, once one of them needs it; see [`Extra`].
     extra: Lazy<AtomicU64, PIECE>,
 }
@@ -46,7 +46,7 @@ struct Piece {
 impl Piece {
     fn new() -> Piece {
         Piece {
-            active: core::array::from_fn(|_| Active::new()),
+            active: Actives::new(),
             extra: Lazy::new(),
         }
     }
@@ -219,7 +219,7 @@ impl<P: AsRef<PageWords>> Table<P> {
                 let mut entries = piece
                     .get(0)
                     .into_iter()
-                    .flat_map(|piece| (0..).zip(&piece.active));
+                    .flat_map(|piece| (0..).zip(piece.active.iter()));
                 entries.any(|(slot, active)| unreserved(slot) && active.load().is_pinned())
             })
         })
@@ -311,10 +311,19 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
         let frame = self.table.frames.get(index)?;
         let piece = frame.pieces.get(slot / PIECE)?.get(0)?;
         Some(Entry {
-            active: &piece.active[slot % PIECE],
+            active: piece.active.get(slot),
             shared: self.shared_at(frame, (index, slot))?,
             extra: Some((&piece.extra, slot % PIECE)),
         })
+    }
+
+    /// A hint: the entry of a reference will be used soon.
+    #[inline(always)]
+    pub(crate) fn expect(&self, gref: GrantRef) {
+        if let Some(entry) = self.entry(gref) {
+            entry.active.expect();
+            entry.shared.expect();
+        }
     }
 
     /// The state of a reference's entry: nobody's, if none was ever made.
@@ -352,7 +361,7 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
 /// and the version is the one that `shared` says.
 #[derive(Clone, Copy)]
 pub(crate) struct Entry<'a> {
-    pub(crate) active: &'a Active,
+    pub(crate) active: Active<'a>,
     pub(crate) shared: SharedEntry<'a>,
     extra: Option<(&'a Lazy<AtomicU64, PIECE>, usize)>,
 }
@@ -360,7 +369,7 @@ pub(crate) struct Entry<'a> {
 #[cfg(all(test, loom))]
 impl<'a> Entry<'a> {
     /// An entry of no table, for the models.
-    pub(crate) fn alone(active: &'a Active, shared: SharedEntry<'a>) -> Entry<'a> {
+    pub(crate) fn alone(active: Active<'a>, shared: SharedEntry<'a>) -> Entry<'a> {
         Entry {
             active,
             shared,
@@ -398,6 +407,15 @@ pub(crate) enum SharedEntry<'a> {
 }
 
 impl SharedEntry<'_> {
+    /// A hint: the entry will be marked soon.
+    #[inline(always)]
+    fn expect(&self) {
+        match self {
+            SharedEntry::V1(entry) => entry.expect(),
+            SharedEntry::V2(entry) => entry.expect(),
+        }
+    }
+
     #[inline]
     pub(crate) fn load_head(&self) -> EntryHead {
         match self {
@@ -426,5 +444,6 @@ impl SharedEntry<'_> {
 }
 
 const _: () = assert!(ENTRY_V1_SIZE == size_of::<u64>());
-const _: () = assert!(size_of::<Active>() == 16);
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<Actives<PIECE>>() == 12 * PIECE);
 const _: () = assert!(DomId::FIRST_RESERVED.0 <= 0x7FFF);

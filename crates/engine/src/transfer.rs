@@ -27,7 +27,6 @@ impl<H: Hypervisor> Processor<'_, H> {
     }
 
     pub(crate) fn transfer_item(&mut self, vcpu: &Vcpu<H>, item: &Transfer) -> GrantStatus {
-        vcpu.counters().operation(Op::Transfer);
         let status = match self.transfer_one(vcpu, item) {
             Ok(()) => GrantStatus::OKAY,
             Err(status) => status,

@@ -102,7 +102,6 @@ impl<H: Hypervisor> Visit<'_, H> {
         op: Op,
         request: Request,
     ) -> (GrantStatus, Option<Removed>) {
-        vcpu.counters().operation(op);
         let (status, removed) = self.unmap_one(vcpu, request);
         let (peer, gref) = match &removed {
             Some(removed) => (Some(removed.granter), Some(removed.gref)),

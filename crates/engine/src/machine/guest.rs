@@ -516,6 +516,10 @@ impl GuestMemory for Guest {
         Ok(())
     }
 
+    fn peek(&self, addr: u64, into: &mut [u8]) -> bool {
+        self.read(addr, into).is_ok()
+    }
+
     fn print(&self, text: &str) {
         self.machine.lock().console.push_str(text);
     }

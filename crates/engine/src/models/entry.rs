@@ -9,7 +9,7 @@ use super::granter::{Content, Entry as Granted, Outcome};
 use super::house::House;
 use super::watched::Watched;
 use super::{every_order, up_to_preemptions};
-use crate::active::{Active, Pins};
+use crate::active::{Actives, Pins};
 use crate::hypervisor::{Access, FrameOwner, Resolved};
 use crate::map::{pin, unpin};
 use crate::shared::{PageWords, SharedV1, SharedV2};
@@ -26,7 +26,7 @@ const FRAMES: [u64; 2] = [0, 1];
 struct World {
     page: PageWords,
     status: PageWords,
-    active: Active,
+    active: Actives<1>,
     version2: bool,
     house: House,
     frames: [Watched; FRAMES.len()],
@@ -37,7 +37,7 @@ impl World {
         Arc::new(World {
             page: PageWords::zeroed(),
             status: PageWords::zeroed(),
-            active: Active::new(),
+            active: Actives::new(),
             version2,
             house: House::default(),
             frames: [Watched::default(), Watched::default()],
@@ -56,7 +56,7 @@ impl World {
         } else {
             SharedEntry::V1(SharedV1::new(&self.page, 0))
         };
-        Entry::alone(&self.active, shared)
+        Entry::alone(self.active.get(0), shared)
     }
 
     /// The same words, as the granter's driver sees them.
@@ -138,7 +138,7 @@ impl World {
     /// Nobody uses the entry: it has no pins and no marks.
     fn check_idle(&self) {
         assert_eq!(self.marks(), EntryFlags::empty(), "no pins, no marks");
-        assert!(!self.active.load().is_pinned());
+        assert!(!self.active.get(0).load().is_pinned());
     }
 }
 

@@ -147,12 +147,12 @@ fn look_against_publication() {
         let other = Arc::clone(&world);
         let thread = thread::spawn(move || {
             if let Some((found, born)) = other.maptrack.look_with_birth(handle) {
-                assert_eq!((found, born), (record(9), 5));
+                assert_eq!((found, born), (record(9), 5 << 24));
                 other.own(handle);
             }
         });
         world.own(handle);
-        world.maptrack.publish(handle, record(9), 5);
+        world.maptrack.publish(handle, record(9), 5 << 24);
         thread.join().unwrap();
     });
 }

@@ -60,6 +60,9 @@ impl GuestMemory for Args {
         into.copy_from_slice(&self.bytes.lock().unwrap()[range]);
         Ok(())
     }
+    fn peek(&self, addr: u64, into: &mut [u8]) -> bool {
+        self.read(addr, into).is_ok()
+    }
     fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), Fault> {
         let range = self.range(addr, bytes.len())?;
         if overlap(&range, &self.unwritable) {

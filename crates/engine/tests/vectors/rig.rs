@@ -938,6 +938,10 @@ impl GuestMemory for Memory<'_> {
         self.private().read(addr, into).map_err(|_| Fault { addr })
     }
 
+    fn peek(&self, addr: u64, into: &mut [u8]) -> bool {
+        self.private().peek(addr, into)
+    }
+
     fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), Fault> {
         let watched = *self.rig.watched.borrow();
         if let Some(watched) = watched.filter(|watched| watched.domain == self.domain) {

@@ -304,7 +304,6 @@ impl Shared {
         let guest = domain.private();
         let state = self.state();
         let running = state.running.get(&id);
-        let now = self.engine.hypervisor().now();
         Some(DomainInfo {
             id: id.0,
             name: running.map(|running| running.name.clone()).unwrap_or_default(),
@@ -321,9 +320,7 @@ impl Shared {
             shareable_pages: guest.memory.shareable(),
             page_references: guest.memory.references(),
             ports: guest.ports.view().into_iter().map(PortInfo::from).collect(),
-            oldest_mapping_ms: view
-                .oldest_mapping
-                .map(|born| now.saturating_sub(born) / NANOS_PER_MS),
+            oldest_mapping_ms: view.oldest_mapping.map(|age| age / NANOS_PER_MS),
             version: view.version.number(),
             grant_frames: (view.frames, view.max_frames),
             granted: granted(&view),
@@ -359,7 +356,7 @@ impl Shared {
             granter: mapping.granter.0,
             gref: mapping.gref.0,
             readonly: mapping.flags.contains(MapFlags::READONLY),
-            age_ms: now.saturating_sub(mapping.born) / NANOS_PER_MS,
+            age_ms: mapping.age(now) / NANOS_PER_MS,
         });
         Some(mappings.collect())
     }

@@ -1,0 +1,220 @@
+//! What a batch will need soon, fetched while earlier items are still at work.
+//!
+//! An item that meets a cold table misses its entry, the entry's private state, the frame's record and the
+//! bytes one after the other, because each says where the next one is. A batch knows its items beforehand:
+//! the entries of later ones are asked for first, then, when these have come, what the entries lead to.
+//!
+//! What must always hold: nothing here is judged. An argument or an entry that is looked at ahead of its
+//! turn is looked at again, once, when its turn comes, and only that look counts (ENG-5); no look ahead
+//! waits, fails, or is told to anybody. Indexes that a guest chose are clamped as everywhere.
+
+#![expect(unsafe_code, reason = "instructions that fetch a cache line")]
+
+use core::marker::PhantomData;
+
+use gnttab_abi::{Abi, Copy, CopyFlags, DomId, Gfn, GrantRef, MapGrantRef};
+
+use crate::domain::Vcpu;
+use crate::door::LARGEST;
+use crate::hypervisor::Hypervisor;
+use crate::registry::Visit;
+
+/// Items that are looked at together, a group ahead of the one at work.
+const GROUP: u32 = 8;
+/// Batches below this are over before anything asked for has come.
+const SMALLEST: u32 = 4;
+
+/// A kind of item that is looked at ahead of its turn.
+pub(crate) trait Foresee {
+    /// Bytes of an item.
+    const SIZE: usize;
+    /// What an item will use.
+    fn uses(raw: &[u8], caller: DomId) -> Uses;
+}
+
+/// What an item will use, with the bytes of a page that are wanted: the first, and how many.
+#[derive(Clone, core::marker::Copy, Default)]
+pub(crate) struct Uses {
+    /// A grant.
+    grant: Option<(DomId, GrantRef)>,
+    grant_bytes: (u16, u16),
+    /// A frame of the caller's own.
+    frame: Option<Gfn>,
+    frame_bytes: (u16, u16),
+    /// A place of the caller's where a page is to be mapped.
+    place: Option<u64>,
+}
+
+impl Foresee for MapGrantRef {
+    const SIZE: usize = MapGrantRef::size(Abi::X86_64);
+
+    #[inline(always)]
+    fn uses(raw: &[u8], _: DomId) -> Uses {
+        // The same for every calling ABI.
+        MapGrantRef::decode(Abi::X86_64, raw).map_or(Uses::default(), |item| Uses {
+            grant: Some((item.dom, item.gref)),
+            place: Some(item.host_addr),
+            ..Uses::default()
+        })
+    }
+}
+
+impl Foresee for Copy {
+    const SIZE: usize = Copy::size(Abi::X86_64);
+
+    #[inline(always)]
+    fn uses(raw: &[u8], caller: DomId) -> Uses {
+        let Ok(item) = Copy::decode(Abi::X86_64, raw) else {
+            return Uses::default();
+        };
+        // Of two grants the source's: its bytes are read.
+        let (granted, own) = if item.flags.contains(CopyFlags::SOURCE_GREF) {
+            (item.source, item.dest)
+        } else {
+            (item.dest, item.source)
+        };
+        let granter = if granted.domid == DomId::SELF {
+            caller
+        } else {
+            granted.domid
+        };
+        Uses {
+            grant: Some((granter, granted.gref())),
+            grant_bytes: (granted.offset, item.len),
+            frame: Some(Gfn(own.u)),
+            frame_bytes: (own.offset, item.len),
+            place: None,
+        }
+    }
+}
+
+/// What is known of the group behind the one at work.
+pub(crate) struct Ahead<T> {
+    uses: [Uses; GROUP as usize],
+    kind: PhantomData<T>,
+}
+
+impl<T: Foresee> Ahead<T> {
+    pub(crate) fn new() -> Ahead<T> {
+        Ahead {
+            uses: [Uses::default(); GROUP as usize],
+            kind: PhantomData,
+        }
+    }
+
+    /// Called before item `index` of a batch of `count`; `peek` looks at the items from one on, and may not
+    /// want to. Works for the table that the processor is inside, or the first that it comes upon.
+    #[inline(always)]
+    pub(crate) fn step<H: Hypervisor>(
+        &mut self,
+        visit: &mut Visit<'_, H>,
+        vcpu: &Vcpu<H>,
+        index: u32,
+        count: u32,
+        peek: impl Fn(u32, &mut [u8]) -> bool,
+    ) {
+        if count < SMALLEST || !index.is_multiple_of(HALF) {
+            return;
+        }
+        if index == 0 {
+            // Nobody was ahead of the first.
+            self.expect_entries(visit, vcpu, 0, count, &peek);
+            self.expect_frames(visit, vcpu);
+        }
+        if index.is_multiple_of(GROUP) {
+            self.expect_entries(visit, vcpu, index + GROUP, count, &peek);
+        } else {
+            self.expect_frames(visit, vcpu);
+        }
+    }
+
+    /// Looks at the items of a group, and asks for what they name.
+    #[inline(never)]
+    fn expect_entries<H: Hypervisor>(
+        &mut self,
+        visit: &mut Visit<'_, H>,
+        vcpu: &Vcpu<H>,
+        first: u32,
+        count: u32,
+        peek: &impl Fn(u32, &mut [u8]) -> bool,
+    ) {
+        let hv = &visit.engine.hv;
+        let items = count.saturating_sub(first).min(GROUP) as usize;
+        let mut raw = [0; GROUP as usize * LARGEST];
+        self.uses = [Uses::default(); GROUP as usize];
+        if items == 0 || !peek(first, &mut raw[..items * T::SIZE]) {
+            return;
+        }
+        for (uses, raw) in self.uses.iter_mut().zip(raw.chunks_exact(T::SIZE)).take(items) {
+            *uses = T::uses(raw, vcpu.domain.id());
+            if let Some((granter, gref)) = uses.grant
+                && let Some(granter) = visit.inside(granter)
+            {
+                granter.table.view().expect(gref);
+            }
+            if let Some(addr) = uses.place {
+                hv.expect_mapping(vcpu.domain.private(), addr);
+            }
+        }
+    }
+
+    /// Asks for what the entries of the group lead to.
+    #[inline(never)]
+    fn expect_frames<H: Hypervisor>(&self, visit: &mut Visit<'_, H>, vcpu: &Vcpu<H>) {
+        let hv = &visit.engine.hv;
+        for uses in &self.uses {
+            if let Some((granter, gref)) = uses.grant
+                && let Some(granter) = visit.inside(granter)
+                && let Some(shared) = granter.table.view().shared(gref)
+            {
+                hv.expect_frame(granter.private(), Gfn(shared.load_frame()), uses.grant_bytes);
+            }
+            if let Some(gfn) = uses.frame {
+                hv.expect_frame(vcpu.domain.private(), gfn, uses.frame_bytes);
+            }
+        }
+    }
+}
+
+/// Half a group on, what the entries lead to is asked for.
+const HALF: u32 = GROUP / 2;
+
+/// Asks for the cache line of a place that will be written, or changed by a locked operation: one journey
+/// instead of two where another processor has it. A hint, for an embedder's
+/// [`expect_frame`](Hypervisor::expect_frame) too.
+#[inline(always)]
+pub fn fetch_to_write<T>(place: &T) {
+    #[cfg(all(target_arch = "x86_64", not(miri), not(loom)))]
+    // SAFETY: a hint; it changes no memory and no register, and no address makes it fault.
+    unsafe {
+        core::arch::asm!("prefetchw [{}]", in(reg) core::ptr::from_ref(place),
+            options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(all(target_arch = "aarch64", not(miri), not(loom)))]
+    // SAFETY: as above.
+    unsafe {
+        core::arch::asm!("prfm pstl1keep, [{}]", in(reg) core::ptr::from_ref(place),
+            options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(any(miri, loom, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
+    let _ = place;
+}
+
+/// Asks for the cache line of a place that will be read; otherwise as [`fetch_to_write`].
+#[inline(always)]
+pub fn fetch_to_read<T>(place: &T) {
+    #[cfg(all(target_arch = "x86_64", not(miri), not(loom)))]
+    // SAFETY: as in `fetch_to_write`.
+    unsafe {
+        core::arch::asm!("prefetcht0 [{}]", in(reg) core::ptr::from_ref(place),
+            options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(all(target_arch = "aarch64", not(miri), not(loom)))]
+    // SAFETY: as in `fetch_to_write`.
+    unsafe {
+        core::arch::asm!("prfm pldl1keep, [{}]", in(reg) core::ptr::from_ref(place),
+            options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(any(miri, loom, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
+    let _ = place;
+}
