@@ -227,3 +227,46 @@ fn without_a_machine_or_a_terminal_the_tools_say_so() {
         assert_eq!(output.status.code(), Some(2), "{args:?}");
     }
 }
+
+/// The processes whose command line contains a word.
+fn processes_that_say(word: &str) -> Vec<String> {
+    let entries = std::fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    let lines = entries.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+    lines
+        .map(|line| String::from_utf8_lossy(&line).replace('\0', " "))
+        .filter(|line| line.starts_with(env!("CARGO_BIN_EXE_gnttab")) && line.contains(word))
+        .collect()
+}
+
+/// A terminal that is hung up ends `top`, which would otherwise read it for ever.
+#[test]
+fn top_ends_with_its_terminal() {
+    let trouble = Trouble::start();
+    let word = format!("--filter=hung-up-{}", std::process::id());
+    let command = format!("exec {} top --interval 0.5 {word}", env!("CARGO_BIN_EXE_gnttab"));
+    let terminal = Command::new("script")
+        .args(["-qfc", &command, "/dev/null"])
+        .env("XDG_RUNTIME_DIR", trouble.folder.path())
+        .env("TERM", "xterm")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn();
+    let Ok(mut terminal) = terminal else {
+        println!("skipped: there is no script(1) to make a terminal");
+        return;
+    };
+    let wait_until = |there: bool| {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while processes_that_say(&word).is_empty() == there {
+            assert!(Instant::now() < deadline, "top is there: {}", !there);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    wait_until(true);
+    // Long enough for it to have drawn something, and to wait for keys.
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(!processes_that_say(&word).is_empty(), "top left by itself");
+    terminal.kill().unwrap();
+    terminal.wait().unwrap();
+    wait_until(false);
+}

@@ -11,6 +11,8 @@ mod prometheus;
 #[cfg(test)]
 mod tests;
 
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use gnttab_host::control::Client;
@@ -53,6 +55,7 @@ fn show(
     stop: &Stop,
 ) -> Result<(), Failure> {
     let failed = |error: std::io::Error| Failure::new(format!("the terminal: {error}"));
+    let events = events()?;
     let mut app = App::new(args.interval, args.sort, &args.filter, output::colour_on_stdout());
     let mut next = Instant::now();
     loop {
@@ -79,23 +82,39 @@ fn show(
                 return Ok(());
             }
             let patience = next.saturating_duration_since(Instant::now()).min(LOOK);
-            if event::poll(patience).map_err(failed)? {
-                match event::read().map_err(failed)? {
-                    Event::Key(key) if key.kind != KeyEventKind::Release => match app.key(key) {
-                        Then::Leave => return Ok(()),
-                        Then::Look => next = Instant::now(),
-                        Then::Draw => {}
-                    },
-                    Event::Resize(..) => {}
-                    _ => continue,
-                }
-                break;
+            match events.recv_timeout(patience) {
+                Ok(Event::Key(key)) if key.kind != KeyEventKind::Release => match app.key(key) {
+                    Then::Leave => return Ok(()),
+                    Then::Look => next = Instant::now(),
+                    Then::Draw => {}
+                },
+                Ok(Event::Resize(..)) => {}
+                Ok(_) => continue,
+                Err(RecvTimeoutError::Timeout) if next <= Instant::now() => {}
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
-            if next <= Instant::now() {
-                break;
-            }
+            break;
         }
     }
+}
+
+/// What the terminal says, read by a thread of its own: on a terminal that was hung up, reading neither ends
+/// nor fails, and whoever reads sees no signal.
+fn events() -> Result<mpsc::Receiver<Event>, Failure> {
+    let (tell, events) = mpsc::channel();
+    let read = move || {
+        while let Ok(event) = event::read() {
+            if tell.send(event).is_err() {
+                return;
+            }
+        }
+    };
+    thread::Builder::new()
+        .name("keys".to_owned())
+        .spawn(read)
+        .map_err(|error| Failure::new(format!("the terminal: {error}")))?;
+    Ok(events)
 }
 
 fn look(app: &mut App, machine: &mut Client) -> Result<(), Failure> {
