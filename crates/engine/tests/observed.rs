@@ -4,7 +4,9 @@
 
 #[cfg(test)]
 mod tests {
-    use gnttab_abi::{DomId, GrantRef, GrantStatus, MapFlags, MapGrantRef};
+    use gnttab_abi::{
+        CacheFlush, CacheOp, DomId, GrantRef, GrantStatus, MapFlags, MapGrantRef, Op, UnmapGrantRef,
+    };
     use gnttab_engine::machine::Machine;
     use gnttab_engine::{Config, DomainKind, Engine, Limits, Vcpu};
 
@@ -104,5 +106,99 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// Every call is counted once, by its operation and by its answer, and what it left is told.
+    #[test]
+    fn what_a_domain_did_and_was_answered() {
+        let machine = Machine::new();
+        let engine = Engine::new(machine.clone(), Config::default());
+        let [granter, grantee] = [1, 2].map(|id| {
+            let guest = machine.add_domain(DomId(id), DomainKind::Arm).unwrap();
+            let limits = Limits {
+                maptrack_frames: Some(2),
+                vcpus: 2,
+                ..Limits::default()
+            };
+            engine
+                .create_domain(DomId(id), DomainKind::Arm, limits, guest)
+                .unwrap()
+        });
+        let own = grantee.private().add_page().unwrap();
+        let frame = granter.private().add_page().unwrap();
+        let page = machine.page(granter.shared_frame(0).unwrap().mfn()).unwrap();
+        for gref in [8, 9] {
+            assert!(page.write(gref * 8, &[1, 0, 2, 0]));
+            assert!(page.write(gref * 8 + 4, &frame.gfn.0.to_le_bytes()[..4]));
+        }
+        let mut cpu = engine.any_processor().unwrap();
+        let vcpus = [0, 1].map(|number| Vcpu::take(&grantee, number).unwrap());
+        let mut maps: Vec<MapGrantRef> = [(8, 0), (8, 1), (9, 2), (5000, 3)]
+            .into_iter()
+            .map(|(gref, place)| MapGrantRef {
+                host_addr: 0x4000_0000 + place * 4096,
+                flags: MapFlags::HOST_MAP | MapFlags::READONLY,
+                gref: GrantRef(gref),
+                dom: DomId(1),
+                ..MapGrantRef::default()
+            })
+            .collect();
+        let (first, second) = maps.split_at_mut(1);
+        cpu.map(&vcpus[0], first);
+        cpu.map(&vcpus[1], second);
+        let mut unmap = UnmapGrantRef {
+            host_addr: maps[0].host_addr,
+            handle: maps[0].handle,
+            ..UnmapGrantRef::default()
+        };
+        for expected in [GrantStatus::OKAY, GrantStatus::BAD_HANDLE] {
+            cpu.unmap(&vcpus[1], std::slice::from_mut(&mut unmap));
+            assert_eq!(unmap.status, expected);
+        }
+        assert!(cpu.query_size(&vcpus[0], DomId(9)).is_err());
+        let flush = CacheFlush {
+            length: 64,
+            op: CacheOp::CLEAN,
+            dev_bus_addr: own.mfn.address(),
+            ..CacheFlush::default()
+        };
+        assert_eq!(cpu.cache_flush(&vcpus[0], &[flush, flush]), Ok(()));
+
+        let view = cpu.observe(DomId(2)).unwrap();
+        let done: Vec<(Op, u64)> = view
+            .operations
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+            .collect();
+        let expected = [
+            (Op::MapGrantRef, 4),
+            (Op::UnmapGrantRef, 2),
+            (Op::QuerySize, 1),
+            (Op::CacheFlush, 2),
+        ];
+        assert_eq!(done, expected);
+        let mut told: Vec<(i16, u64)> = view
+            .statuses
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|(status, count)| (status.0, count))
+            .collect();
+        told.sort_unstable();
+        let mut expected = [
+            (GrantStatus::OKAY, 4),
+            (GrantStatus::BAD_GNTREF, 1),
+            (GrantStatus::BAD_HANDLE, 1),
+            (GrantStatus::BAD_DOMAIN, 1),
+        ]
+        .map(|(status, count)| (status.0, count));
+        expected.sort_unstable();
+        assert_eq!(told, expected);
+        assert_eq!((view.maps, view.pinned_by), ([(DomId(1), 2)].into(), [].into()));
+        assert_eq!((view.max_handles, view.dying), (512, false));
+        let view = cpu.observe(DomId(1)).unwrap();
+        assert_eq!((view.maps, view.pinned_by), ([].into(), [(DomId(2), 2)].into()));
+        assert_eq!((view.entries.in_use, view.entries.withdrawn), (2, 0));
+        assert!(page.write(8 * 8, &[0, 0]));
+        assert_eq!(cpu.observe(DomId(1)).unwrap().entries.withdrawn, 1);
     }
 }
