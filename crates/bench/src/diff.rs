@@ -103,6 +103,7 @@ mod tests {
             version: 1,
             l_ns: 2.0,
             processor: String::new(),
+            fences: false,
             figures: figures.collect(),
             skipped: Vec::new(),
         }

@@ -120,6 +120,9 @@ pub struct Report {
     pub l_ns: f64,
     /// The machine's processor, as it calls itself.
     pub processor: String,
+    /// Whether a barrier stood behind each check of an index (the engine's feature `fences`).
+    #[serde(default)]
+    pub fences: bool,
     /// In the order in which they were measured.
     pub figures: Vec<Figure>,
     /// What could not be measured, and why.

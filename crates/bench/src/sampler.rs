@@ -176,6 +176,7 @@ impl<'a> Sampler<'a> {
             version: REPORT_VERSION,
             l_ns: if l_ns.is_finite() { l_ns } else { 0.0 },
             processor: processor(),
+            fences: cfg!(feature = "fences"),
             figures: self.figures,
             skipped: self.skipped,
         }

@@ -29,33 +29,41 @@ pub(crate) trait Foresee {
     /// Bytes of an item.
     const SIZE: usize;
     /// What an item will use.
-    fn uses(raw: &[u8], caller: DomId) -> Uses;
+    fn uses(raw: &[u8], caller: DomId) -> Option<Uses>;
+    /// Asks for what it needs of the caller's own.
+    fn expect_own<H: Hypervisor>(hv: &H, caller: &H::Domain, uses: &Uses);
 }
 
-/// What an item will use, with the bytes of a page that are wanted: the first, and how many.
-#[derive(Clone, core::marker::Copy, Default)]
+/// What an item will use. Where bytes of a page are wanted: the first, and how many.
+#[derive(Clone, core::marker::Copy)]
 pub(crate) struct Uses {
-    /// A grant.
-    grant: Option<(DomId, GrantRef)>,
-    grant_bytes: (u16, u16),
-    /// A frame of the caller's own.
-    frame: Option<Gfn>,
-    frame_bytes: (u16, u16),
-    /// A place of the caller's where a page is to be mapped.
-    place: Option<u64>,
+    granter: DomId,
+    gref: GrantRef,
+    bytes: (u16, u16),
+    /// The caller's own: where a page is to be mapped, or a frame.
+    own: u64,
+    own_bytes: (u16, u16),
 }
 
 impl Foresee for MapGrantRef {
     const SIZE: usize = MapGrantRef::size(Abi::X86_64);
 
     #[inline(always)]
-    fn uses(raw: &[u8], _: DomId) -> Uses {
+    fn uses(raw: &[u8], _: DomId) -> Option<Uses> {
         // The same for every calling ABI.
-        MapGrantRef::decode(Abi::X86_64, raw).map_or(Uses::default(), |item| Uses {
-            grant: Some((item.dom, item.gref)),
-            place: Some(item.host_addr),
-            ..Uses::default()
+        let item = MapGrantRef::decode(Abi::X86_64, raw).ok()?;
+        Some(Uses {
+            granter: item.dom,
+            gref: item.gref,
+            bytes: (0, 0),
+            own: item.host_addr,
+            own_bytes: (0, 0),
         })
+    }
+
+    #[inline(always)]
+    fn expect_own<H: Hypervisor>(hv: &H, caller: &H::Domain, uses: &Uses) {
+        hv.expect_mapping(caller, uses.own);
     }
 }
 
@@ -63,41 +71,43 @@ impl Foresee for Copy {
     const SIZE: usize = Copy::size(Abi::X86_64);
 
     #[inline(always)]
-    fn uses(raw: &[u8], caller: DomId) -> Uses {
-        let Ok(item) = Copy::decode(Abi::X86_64, raw) else {
-            return Uses::default();
-        };
+    fn uses(raw: &[u8], caller: DomId) -> Option<Uses> {
+        let item = Copy::decode(Abi::X86_64, raw).ok()?;
         // Of two grants the source's: its bytes are read.
         let (granted, own) = if item.flags.contains(CopyFlags::SOURCE_GREF) {
             (item.source, item.dest)
         } else {
             (item.dest, item.source)
         };
-        let granter = if granted.domid == DomId::SELF {
-            caller
-        } else {
-            granted.domid
-        };
-        Uses {
-            grant: Some((granter, granted.gref())),
-            grant_bytes: (granted.offset, item.len),
-            frame: Some(Gfn(own.u)),
-            frame_bytes: (own.offset, item.len),
-            place: None,
-        }
+        Some(Uses {
+            granter: if granted.domid == DomId::SELF {
+                caller
+            } else {
+                granted.domid
+            },
+            gref: granted.gref(),
+            bytes: (granted.offset, item.len),
+            own: own.u,
+            own_bytes: (own.offset, item.len),
+        })
+    }
+
+    #[inline(always)]
+    fn expect_own<H: Hypervisor>(hv: &H, caller: &H::Domain, uses: &Uses) {
+        hv.expect_frame(caller, Gfn(uses.own), uses.own_bytes);
     }
 }
 
 /// What is known of the group behind the one at work.
 pub(crate) struct Ahead<T> {
-    uses: [Uses; GROUP as usize],
+    uses: [Option<Uses>; GROUP as usize],
     kind: PhantomData<T>,
 }
 
 impl<T: Foresee> Ahead<T> {
     pub(crate) fn new() -> Ahead<T> {
         Ahead {
-            uses: [Uses::default(); GROUP as usize],
+            uses: [None; GROUP as usize],
             kind: PhantomData,
         }
     }
@@ -119,16 +129,16 @@ impl<T: Foresee> Ahead<T> {
         if index == 0 {
             // Nobody was ahead of the first.
             self.expect_entries(visit, vcpu, 0, count, &peek);
-            self.expect_frames(visit, vcpu);
+            self.expect_frames(visit);
         }
         if index.is_multiple_of(GROUP) {
             self.expect_entries(visit, vcpu, index + GROUP, count, &peek);
         } else {
-            self.expect_frames(visit, vcpu);
+            self.expect_frames(visit);
         }
     }
 
-    /// Looks at the items of a group, and asks for what they name.
+    /// Looks at the items of a group, and asks for their entries and for what is the caller's own.
     #[inline(never)]
     fn expect_entries<H: Hypervisor>(
         &mut self,
@@ -138,39 +148,33 @@ impl<T: Foresee> Ahead<T> {
         count: u32,
         peek: &impl Fn(u32, &mut [u8]) -> bool,
     ) {
-        let hv = &visit.engine.hv;
+        let engine = visit.engine;
         let items = count.saturating_sub(first).min(GROUP) as usize;
         let mut raw = [0; GROUP as usize * LARGEST];
-        self.uses = [Uses::default(); GROUP as usize];
+        self.uses = [None; GROUP as usize];
         if items == 0 || !peek(first, &mut raw[..items * T::SIZE]) {
             return;
         }
-        for (uses, raw) in self.uses.iter_mut().zip(raw.chunks_exact(T::SIZE)).take(items) {
-            *uses = T::uses(raw, vcpu.domain.id());
-            if let Some((granter, gref)) = uses.grant
-                && let Some(granter) = visit.inside(granter)
-            {
-                granter.table.view().expect(gref);
+        for (place, raw) in self.uses.iter_mut().zip(raw.chunks_exact(T::SIZE)).take(items) {
+            *place = T::uses(raw, vcpu.domain.id());
+            let Some(uses) = place else { return };
+            if let Some(granter) = visit.inside(uses.granter) {
+                granter.table.view().expect(uses.gref);
             }
-            if let Some(addr) = uses.place {
-                hv.expect_mapping(vcpu.domain.private(), addr);
-            }
+            T::expect_own(&engine.hv, vcpu.domain.private(), uses);
         }
     }
 
     /// Asks for what the entries of the group lead to.
     #[inline(never)]
-    fn expect_frames<H: Hypervisor>(&self, visit: &mut Visit<'_, H>, vcpu: &Vcpu<H>) {
-        let hv = &visit.engine.hv;
-        for uses in &self.uses {
-            if let Some((granter, gref)) = uses.grant
-                && let Some(granter) = visit.inside(granter)
-                && let Some(shared) = granter.table.view().shared(gref)
+    fn expect_frames<H: Hypervisor>(&self, visit: &mut Visit<'_, H>) {
+        let engine = visit.engine;
+        for uses in self.uses.iter().map_while(Option::as_ref) {
+            if let Some(granter) = visit.inside(uses.granter)
+                && let Some(shared) = granter.table.view().shared(uses.gref)
             {
-                hv.expect_frame(granter.private(), Gfn(shared.load_frame()), uses.grant_bytes);
-            }
-            if let Some(gfn) = uses.frame {
-                hv.expect_frame(vcpu.domain.private(), gfn, uses.frame_bytes);
+                let gfn = Gfn(shared.load_frame());
+                engine.hv.expect_frame(granter.private(), gfn, uses.bytes);
             }
         }
     }
