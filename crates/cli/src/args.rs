@@ -249,7 +249,8 @@ Examples:
   gnttab bench --quick --json > now.json
   gnttab bench diff before.json now.json            what has changed, the greatest rise first
   gnttab bench plot now.json docs/performance       SVG plots, and a table beside Xen's figures
-  gnttab bench disk                                 the block path, beside the file and beside qemu-nbd"
+  gnttab bench disk                                 the block path, beside the file and beside qemu-nbd
+  gnttab bench grants                               grants that persist, copies, and maps for each request"
 )]
 pub(crate) struct Bench {
     #[command(subcommand)]
@@ -270,6 +271,7 @@ impl Bench {
         match &self.what {
             None => self.json,
             Some(BenchCommand::Disk(disk)) => disk.json,
+            Some(BenchCommand::Grants(grants)) => grants.json,
             Some(BenchCommand::Diff(diff)) => diff.json,
             Some(BenchCommand::Plot(_)) => false,
         }
@@ -280,6 +282,7 @@ impl Bench {
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     Disk(BenchDisk),
+    Grants(BenchGrants),
     Diff(BenchDiff),
     Plot(BenchPlot),
 }
@@ -289,6 +292,20 @@ pub(crate) enum BenchCommand {
 /// Needs fio, nbdcopy, qemu-nbd and qemu-storage-daemon, and 1.3 GiB of memory for five copies of an image.
 #[derive(Debug, Args)]
 pub(crate) struct BenchDisk {
+    /// One short round: a look, not figures to quote.
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Print one JSON object with a figure for each case.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Measure the three ways of a backend to its frontend's pages: kept mapped, copied by the monitor, mapped for each request.
+///
+/// Two domains and a file in memory, by size, depth and direction. Beside each rate: the maps and copies of a request, and
+/// the processor time that it cost frontend, backend and monitor.
+#[derive(Debug, Args)]
+pub(crate) struct BenchGrants {
     /// One short round: a look, not figures to quote.
     #[arg(long)]
     pub(crate) quick: bool,

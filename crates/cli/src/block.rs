@@ -9,6 +9,9 @@
 
 use std::os::fd::BorrowedFd;
 
+pub(crate) use gnttab_io::blkif::{Data, Lease};
+use gnttab_io::shared::SharedSliceMut;
+
 /// What a disk is and can do. The same for every queue of one disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Geometry {
@@ -61,8 +64,8 @@ pub(crate) struct Request {
     pub(crate) offset: u64,
     /// How many bytes.
     pub(crate) length: u32,
-    /// `length` bytes for a read (content irrelevant) and a write, empty otherwise.
-    pub(crate) data: Vec<u8>,
+    /// `length` bytes for a read (content irrelevant) and a write, empty otherwise. What is leased, this disk has lent.
+    pub(crate) data: Data,
 }
 
 /// The answer to a [`Request`].
@@ -72,8 +75,8 @@ pub(crate) struct Completion {
     pub(crate) tag: u64,
     /// Whether it was done.
     pub(crate) result: Result<(), DeviceError>,
-    /// The request's buffer, filled if it was a read that succeeded.
-    pub(crate) data: Vec<u8>,
+    /// The request's buffer, or private memory in its place; filled if it was a read that succeeded.
+    pub(crate) data: Data,
 }
 
 /// Why a disk did not do what was asked.
@@ -90,10 +93,40 @@ pub(crate) enum DeviceError {
     NoSpace,
 }
 
+/// Pages that a disk lends, so that data goes between it and whoever asks without a copy.
+pub(crate) trait Pages {
+    /// Pages for `len` bytes, if there are some to lend. What is in them is anything.
+    fn lease(&mut self, len: usize) -> Option<Lease>;
+
+    /// Takes them back.
+    fn give_back(&mut self, lease: Lease);
+
+    /// Their memory, from byte `from` on. It is shared: see [`SharedSliceMut`].
+    fn parts(&self, lease: &Lease, from: usize) -> Vec<SharedSliceMut<'_>>;
+}
+
+/// Of a disk that lends none.
+pub(crate) struct NoPages;
+
+impl Pages for NoPages {
+    fn lease(&mut self, _: usize) -> Option<Lease> {
+        None
+    }
+
+    fn give_back(&mut self, _: Lease) {}
+
+    fn parts(&self, _: &Lease, _: usize) -> Vec<SharedSliceMut<'_>> {
+        Vec::new()
+    }
+}
+
 /// One queue of a disk, owned by one thread.
 pub(crate) trait BlockDevice: Send {
     /// What the disk is.
     fn geometry(&self) -> Geometry;
+
+    /// The pages that it lends.
+    fn pages(&mut self) -> impl Pages + '_;
 
     /// Takes a request. A queue that is full keeps it until there is room; whoever submits bounds how many there are.
     fn submit(&mut self, request: Request);

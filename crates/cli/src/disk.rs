@@ -16,7 +16,7 @@ use crate::live::{Rates, Stop};
 use crate::nbd::connection::Export;
 use crate::nbd::listener::{ListenError, Listener};
 use crate::nbd::server::{Server, Totals};
-use crate::roles::{News, Sum};
+use crate::roles::{News, Sharing, Sum};
 use crate::session::{DiskPlan, DomainPlan, Event, JobPlan, RingPlan, Session};
 use crate::{output, place};
 
@@ -57,7 +57,10 @@ fn serve(args: &Disk, image: Image, listener: Listener, stop: &Stop) -> Result<(
     let rings = RingPlan {
         queues: args.rings.queues.into(),
         order: args.rings.ring_order.into(),
-        persistent: args.rings.persistent == Switch::On,
+        sharing: match args.rings.persistent {
+            Switch::On => Sharing::Persistent,
+            Switch::Off => Sharing::Mapped,
+        },
     };
     let disk = DiskPlan {
         image,

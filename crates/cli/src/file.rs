@@ -10,7 +10,9 @@ use std::sync::Arc;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use crate::block::{BlockDevice, Completion, DeviceError, Geometry, Operation, Request};
+use crate::block::{
+    BlockDevice, Completion, Data, DeviceError, Geometry, NoPages, Operation, Pages, Request,
+};
 
 /// See the module. Every request is done by the time `submit` returns.
 #[derive(Debug)]
@@ -41,9 +43,9 @@ impl FileDevice {
     fn perform(&self, request: &mut Request) -> io::Result<()> {
         let (offset, length) = (request.offset, u64::from(request.length));
         match request.operation {
-            Operation::Read => self.file.read_exact_at(&mut request.data, offset),
+            Operation::Read => self.file.read_exact_at(own(&mut request.data)?, offset),
             Operation::Write { fua } => {
-                self.file.write_all_at(&request.data, offset)?;
+                self.file.write_all_at(own(&mut request.data)?, offset)?;
                 self.sync_if(fua)
             }
             Operation::Flush => self.file.sync_data(),
@@ -84,6 +86,10 @@ impl BlockDevice for FileDevice {
         self.geometry
     }
 
+    fn pages(&mut self) -> impl Pages + '_ {
+        NoPages
+    }
+
     fn submit(&mut self, mut request: Request) {
         let result = self.perform(&mut request).map_err(|error| device_error(&error));
         self.done.push(Completion {
@@ -103,6 +109,14 @@ impl BlockDevice for FileDevice {
 
     fn event(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+}
+
+/// It lends no pages, so the data is never in any.
+fn own(data: &mut Data) -> io::Result<&mut [u8]> {
+    match data {
+        Data::Own(bytes) => Ok(bytes),
+        Data::Leased(_) => Err(io::ErrorKind::InvalidInput.into()),
     }
 }
 

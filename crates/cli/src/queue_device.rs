@@ -12,10 +12,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gnttab_io::blkif::{self, FrontendQueue, Io, IoError};
 use gnttab_io::grants::{Granter, Notify};
+use gnttab_io::shared::SharedSliceMut;
 use rustix::event::{Timespec, epoll};
 
 use crate::bell::Bell;
-use crate::block::{BlockDevice, Completion, DeviceError, Geometry, Operation, Request};
+use crate::block::{BlockDevice, Completion, Data, DeviceError, Geometry, Lease, Operation, Pages, Request};
 use crate::image::SECTOR;
 
 /// Bytes of zeros written at a time.
@@ -125,7 +126,7 @@ impl<G: Granter, N: Port> QueueDevice<G, N> {
         }
     }
 
-    fn end(&mut self, slot: usize, result: Result<(), DeviceError>, data: Vec<u8>) {
+    fn end(&mut self, slot: usize, result: Result<(), DeviceError>, data: Data) {
         if let Some(job) = self.jobs.get_mut(slot).and_then(Option::take) {
             self.free.push(slot);
             self.ready.push(Completion {
@@ -153,7 +154,9 @@ impl<G: Granter, N: Port> QueueDevice<G, N> {
             self.end(slot, Err(error), data);
         } else if !job.zeroes.is_empty() {
             let (start, length) = next_zeroes(&mut job.zeroes);
-            data.truncate(length);
+            if let Data::Own(zeroes) = &mut data {
+                zeroes.truncate(length);
+            }
             self.send(
                 queue,
                 slot,
@@ -178,10 +181,24 @@ fn next_zeroes(left: &mut std::ops::Range<u64>) -> (u64, usize) {
     (start, usize::try_from(length).unwrap_or(0))
 }
 
-fn data_of(io: Io) -> Vec<u8> {
+fn data_of(io: Io) -> Data {
     match io {
         Io::Read { data, .. } | Io::Write { data, .. } => data,
-        Io::Flush | Io::Discard { .. } => Vec::new(),
+        Io::Flush | Io::Discard { .. } => Data::default(),
+    }
+}
+
+impl<G: Granter, N: Notify> Pages for MutexGuard<'_, FrontendQueue<G, N>> {
+    fn lease(&mut self, len: usize) -> Option<Lease> {
+        (**self).lease(len)
+    }
+
+    fn give_back(&mut self, lease: Lease) {
+        (**self).give_back(lease);
+    }
+
+    fn parts(&self, lease: &Lease, from: usize) -> Vec<SharedSliceMut<'_>> {
+        self.leased(lease, from).collect()
     }
 }
 
@@ -193,6 +210,11 @@ where
 {
     fn geometry(&self) -> Geometry {
         self.geometry
+    }
+
+    /// The queue is locked as long as the pages are looked at.
+    fn pages(&mut self) -> impl Pages + '_ {
+        self.shared.lock()
     }
 
     fn submit(&mut self, request: Request) {
@@ -226,7 +248,7 @@ where
                 let (_, length) = next_zeroes(&mut job.zeroes);
                 Io::Write {
                     sector,
-                    data: vec![0; length],
+                    data: vec![0; length].into(),
                 }
             }
         };
@@ -333,7 +355,7 @@ mod tests {
                 operation,
                 offset,
                 length,
-                data,
+                data: data.into(),
             });
             let mut done = Vec::new();
             for _ in 0..1000 {

@@ -17,7 +17,7 @@ use gnttab_host::control::Control;
 use gnttab_host::launch::Program;
 use gnttab_host::monitor::{Counters, DomainInfo, DomainSpec, Ended, Monitor, MonitorError, Settings};
 use gnttab_io::blkif::handshake as toolstack;
-use gnttab_io::blkif::handshake::{DeviceMode, VbdSpec, VirtualDevice};
+use gnttab_io::blkif::handshake::{BackendLimits, DeviceMode, VbdSpec, VirtualDevice};
 use gnttab_io::xenbus::{Store as _, Tx, XenbusState, read_state};
 
 use crate::control;
@@ -25,7 +25,7 @@ use crate::failure::Failure;
 use crate::image::Image;
 use crate::nbd::listener::Listener;
 use crate::output;
-use crate::roles::{DISKS, Orders, Word, backend, frontend, shutdown_node};
+use crate::roles::{DISKS, Orders, Sharing, Word, backend, frontend, shutdown_node};
 use crate::store::StoreClient;
 
 /// How long domains may take to let go of a disk.
@@ -95,8 +95,8 @@ pub(crate) struct RingPlan {
     pub(crate) queues: u32,
     /// Each of 2^n pages.
     pub(crate) order: u32,
-    /// Keep pages granted.
-    pub(crate) persistent: bool,
+    /// How the backend reaches the frontend's pages.
+    pub(crate) sharing: Sharing,
 }
 
 /// What a frontend does with its disk.
@@ -246,7 +246,7 @@ impl Session {
             let RingPlan {
                 queues,
                 order,
-                persistent,
+                sharing,
             } = disk.rings;
             if disk.backend == index {
                 let image = disk
@@ -267,8 +267,12 @@ impl Session {
                     read_only: disk.image.is_read_only(),
                     queues,
                     ring_order: order,
-                    persistent,
+                    sharing,
                 });
+                if sharing == Sharing::Copied {
+                    // The buffer that is copied through.
+                    granted_pages += queues * u32::from(BackendLimits::default().max_indirect);
+                }
             } else if disk.frontend == index {
                 granted_pages += queues * (1056 + (1 << order));
                 let job = match &disk.job {
@@ -298,7 +302,7 @@ impl Session {
                     directory: paths.frontend,
                     queues,
                     ring_order: order,
-                    persistent,
+                    persistent: sharing == Sharing::Persistent,
                     job,
                 });
             }

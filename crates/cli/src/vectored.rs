@@ -1,10 +1,12 @@
-//! `preadv` and `pwritev` between a file and pages that a peer may be writing, in full.
+//! Input and output of pages that a peer may be writing: `preadv` and `pwritev` between them and a file, in full, and
+//! `readv` and `writev` between them and a socket, as far as that goes.
 //!
 //! Such memory must never become a `&[u8]`, so the safe wrappers that exist cannot take it. Addresses go to the kernel as they are.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd as _;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, AsRawFd as _};
 
 use gnttab_io::shared::{SharedSlice, SharedSliceMut};
 
@@ -43,6 +45,63 @@ pub(crate) fn write_at(file: &File, offset: u64, from: &[SharedSlice<'_>]) -> io
     })
 }
 
+/// Memory to be written to a socket, private and shared, in order.
+#[derive(Debug, Default)]
+pub(crate) struct Pieces<'a> {
+    list: Vec<libc::iovec>,
+    memory: PhantomData<&'a [u8]>,
+}
+
+impl<'a> Pieces<'a> {
+    /// Adds private memory.
+    pub(crate) fn push(&mut self, bytes: &'a [u8]) {
+        self.list.push(piece(bytes.as_ptr().cast_mut(), bytes.len()));
+    }
+
+    /// Adds shared memory.
+    pub(crate) fn push_shared(&mut self, slice: &SharedSlice<'a>) {
+        self.list.push(piece(slice.as_ptr().cast_mut(), slice.len()));
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Writes them as far as they go; how many bytes went.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn send(&self, socket: impl AsFd) -> io::Result<usize> {
+        let count = count(self.list.len())?;
+        // SAFETY: each piece is mapped and readable as long as the borrow that it was made of lasts, and is only read;
+        // `count` of them are there.
+        let sent = unsafe { libc::writev(socket.as_fd().as_raw_fd(), self.list.as_ptr(), count) };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+/// Reads what has come into the slices; how many bytes came.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn receive(socket: impl AsFd, into: &[SharedSliceMut<'_>]) -> io::Result<usize> {
+    let pieces: Vec<libc::iovec> = into
+        .iter()
+        .map(|slice| piece(slice.as_ptr(), slice.len()))
+        .collect();
+    let count = count(pieces.len())?;
+    // SAFETY: each piece is mapped and writable as long as `into` is borrowed; `count` of them are there. Nobody has a
+    // reference to their bytes, and whoever else writes them harms only what is received.
+    let received = unsafe { libc::readv(socket.as_fd().as_raw_fd(), pieces.as_ptr(), count) };
+    usize::try_from(received).map_err(|_| io::Error::last_os_error())
+}
+
+/// As many pieces of so many as one call takes.
+fn count(pieces: usize) -> io::Result<libc::c_int> {
+    libc::c_int::try_from(pieces.min(MAX_PIECES)).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
 fn piece(base: *mut u8, len: usize) -> libc::iovec {
     libc::iovec {
         iov_base: base.cast(),
@@ -59,8 +118,7 @@ fn in_full(
     let mut rest = &mut pieces[..];
     while let Some(first) = rest.iter().position(|piece| piece.iov_len > 0) {
         rest = &mut rest[first..];
-        let count =
-            libc::c_int::try_from(rest.len().min(MAX_PIECES)).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let count = count(rest.len())?;
         let at = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         match usize::try_from(call(rest.as_ptr(), count, at)) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),

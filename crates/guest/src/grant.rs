@@ -276,6 +276,15 @@ impl<X: Granter> Grant<X> {
         &self.live().1
     }
 
+    /// Whether the peer uses the page at this moment: a look that changes nothing, and costs less than an attempt to
+    /// end access that would fail. It may begin to right after; only [`end`](Grant::end) shuts it out.
+    #[must_use]
+    pub fn is_used(&self) -> bool {
+        let (gref, _) = self.live();
+        let entry = gref.table().frames.entry(gref.gref());
+        entry.is_some_and(|entry| entry.is_used())
+    }
+
     /// Takes the right to write away, unless the peer has writable use of the page.
     ///
     /// # Errors

@@ -457,6 +457,8 @@ fn allowed(wanted: &Confinement) -> Result<Allowed, ConfineError> {
         libc::SO_LINGER,
         libc::SO_RCVTIMEO,
         libc::SO_SNDTIMEO,
+        // No more than net.core.wmem_max.
+        libc::SO_SNDBUF,
     ] {
         let socket = int(1, Is::Eq, number(libc::SOL_SOCKET))?;
         when(

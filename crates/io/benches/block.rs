@@ -95,7 +95,7 @@ impl Load {
             done: 0,
         };
         for token in 0..DEPTH as u64 {
-            let (sector, data) = (load.next_sector(), vec![7; bytes]);
+            let (sector, data) = (load.next_sector(), vec![7; bytes].into());
             let io = if write {
                 Io::Write { sector, data }
             } else {

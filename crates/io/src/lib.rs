@@ -60,7 +60,7 @@
 //! let mut back = BackendQueue::connect(domain.grantee(), &ring, config, disk.info())?;
 //! front.start(DeviceProperties { disk: disk.info(), barrier: false, persistent: true, max_indirect: 256 });
 //!
-//! front.submit(1, Io::Write { sector: 8, data: vec![0xA5; 4096] })?;
+//! front.submit(1, Io::Write { sector: 8, data: vec![0xA5; 4096].into() })?;
 //! front.submit(2, Io::Flush)?;
 //! front.kick();
 //! assert!(to_backend.take());

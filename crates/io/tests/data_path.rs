@@ -8,8 +8,8 @@ use std::hash::{Hash, Hasher};
 
 use gnttab_abi::Abi;
 use gnttab_io::blkif::{
-    BackendConfig, BackendQueue, DeviceProperties, Disk, DiskError, DiskInfo, FrontendConfig, FrontendQueue,
-    Io, OneShot,
+    BackendConfig, BackendQueue, Data, DeviceProperties, Disk, DiskError, DiskInfo, FrontendConfig,
+    FrontendQueue, Io, OneShot,
 };
 use gnttab_io::fake::{Event, FakeDomain, RamDisk, Rig, RigConfig};
 use gnttab_io::shared::{SharedSlice, SharedSliceMut};
@@ -59,7 +59,15 @@ fn round_trip(config: RigConfig, info: DiskInfo) {
         let data = random.bytes(usize::try_from(count * 512).unwrap());
         let start = usize::try_from(at * 512).unwrap();
         model[start..start + data.len()].copy_from_slice(&data);
-        rig.device.submit(token, Io::Write { sector: at, data }).unwrap();
+        rig.device
+            .submit(
+                token,
+                Io::Write {
+                    sector: at,
+                    data: data.into(),
+                },
+            )
+            .unwrap();
         token += 1;
         at += count;
     }
@@ -76,14 +84,26 @@ fn round_trip(config: RigConfig, info: DiskInfo) {
     while at < SECTORS {
         let count = (unit * (1 + random.below(200 / unit))).min(SECTORS - at);
         let data = vec![0xEE; usize::try_from(count * 512).unwrap()];
-        rig.device.submit(at, Io::Read { sector: at, data }).unwrap();
+        rig.device
+            .submit(
+                at,
+                Io::Read {
+                    sector: at,
+                    data: data.into(),
+                },
+            )
+            .unwrap();
         at += count;
         reads += 1;
     }
     let mut back = vec![0; model.len()];
     for done in drain(&mut rig, reads) {
-        let Io::Read { sector, data } = done else {
-            panic!("a read comes back as a read")
+        let Io::Read {
+            sector,
+            data: Data::Own(data),
+        } = done
+        else {
+            panic!("a read comes back as a read, in the memory that it brought")
         };
         let start = usize::try_from(sector * 512).unwrap();
         back[start..start + data.len()].copy_from_slice(&data);
@@ -226,7 +246,7 @@ fn operations_of_many_requests_survive_a_reconnect_whole() {
         for fill in 1..=WRITES {
             let io = Io::Write {
                 sector: u64::from(fill) * 600,
-                data: vec![fill; 300 * 1024],
+                data: vec![fill; 300 * 1024].into(),
             };
             rig.device.submit(u64::from(fill), io).unwrap();
         }
@@ -336,7 +356,7 @@ fn an_event_waits_for_answers_at_hand_and_for_nothing_else() {
     };
     let read = |pages: usize| Io::Read {
         sector: 0,
-        data: vec![0; pages * 4096],
+        data: vec![0; pages * 4096].into(),
     };
 
     // Nothing else at hand: told at once, once.

@@ -83,7 +83,7 @@ impl Victim {
 fn read(sector: u64, sectors: usize) -> Io {
     Io::Read {
         sector,
-        data: vec![0; sectors * 512],
+        data: vec![0; sectors * 512].into(),
     }
 }
 
@@ -198,7 +198,7 @@ fn gst2_a_page_that_is_still_mapped_is_never_used_again() {
         1,
         Io::Write {
             sector: 0,
-            data: vec![7; 4096],
+            data: vec![7; 4096].into(),
         },
     );
     let (slot, request) = victim.request(0);
@@ -242,7 +242,7 @@ fn persistent_pages_that_the_backend_keeps_are_used_first_and_without_a_new_gran
             round,
             Io::Write {
                 sector: 0,
-                data: vec![7; 8192],
+                data: vec![7; 8192].into(),
             },
         );
         let (slot, request) = victim.request(u32::try_from(round).unwrap());
@@ -281,7 +281,7 @@ fn statuses_mean_what_the_spec_says() {
         assert_eq!(broken, None);
         (done[0].result, true)
     };
-    let discard = Io::Discard {
+    let discard = || Io::Discard {
         sector: 0,
         count: 8,
         secure: false,
@@ -290,13 +290,13 @@ fn statuses_mean_what_the_spec_says() {
     for status in [-1, -2, -3, i16::MIN, 1, i16::MAX] {
         assert_eq!(ask(&mut victim, read(0, 8), status), (failed, true));
     }
-    assert_eq!(ask(&mut victim, discard.clone(), -1), (failed, true));
+    assert_eq!(ask(&mut victim, discard(), -1), (failed, true));
     assert_eq!(
-        ask(&mut victim, discard.clone(), -2),
+        ask(&mut victim, discard(), -2),
         (Err(IoError::NotSupported), true)
     );
     assert_eq!(
-        ask(&mut victim, discard, 0),
+        ask(&mut victim, discard(), 0),
         (Err(IoError::NotSupported), false),
         "never sent again"
     );
@@ -344,21 +344,24 @@ fn flushes_go_out_as_what_the_backend_knows() {
 #[test]
 fn what_does_not_fit_the_disk_comes_back() {
     let mut victim = Victim::new(Abi::X86_64, PROPERTIES);
-    for io in [
-        read(0, 0),
-        Io::Write {
-            sector: 0,
-            data: vec![0; 511],
-        },
-        read(1024, 1),
-        read(u64::MAX, 1),
-        Io::Discard {
-            sector: 1000,
-            count: u64::MAX,
-            secure: true,
-        },
-    ] {
-        assert_eq!(victim.queue.submit(1, io.clone()).unwrap_err().io, io);
+    let unfit = || {
+        [
+            read(0, 0),
+            Io::Write {
+                sector: 0,
+                data: vec![0; 511].into(),
+            },
+            read(1024, 1),
+            read(u64::MAX, 1),
+            Io::Discard {
+                sector: 1000,
+                count: u64::MAX,
+                secure: true,
+            },
+        ]
+    };
+    for (io, again) in unfit().into_iter().zip(unfit()) {
+        assert_eq!(victim.queue.submit(1, io).unwrap_err().io, again);
     }
     victim.queue.start(DeviceProperties {
         disk: DiskInfo {
@@ -374,7 +377,7 @@ fn what_does_not_fit_the_disk_comes_back() {
                 1,
                 Io::Write {
                     sector: 0,
-                    data: vec![0; 512]
+                    data: vec![0; 512].into()
                 }
             )
             .is_err()

@@ -250,7 +250,7 @@ impl World {
         }
         let io = Io::Write {
             sector,
-            data: vec![fill; 512],
+            data: vec![fill; 512].into(),
         };
         if self.frontend.device.submit(self.next, io).is_ok() {
             self.in_flight.insert(self.next, (sector, fill));

@@ -15,13 +15,11 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::load::Pattern;
+use super::pair::{self, Cost};
 use crate::args::BenchDisk;
-use crate::demo::workload::Pace;
 use crate::failure::Failure;
-use crate::image::Image;
 use crate::output;
-use crate::roles::{News, frontend};
-use crate::session::{DiskPlan, DomainPlan, Event, JobPlan, RingPlan, Session};
+use crate::roles::Sharing;
 
 /// Bytes of the image.
 const SIZE: u64 = 256 << 20;
@@ -102,7 +100,7 @@ pub(crate) fn main(args: &BenchDisk) -> Result<(), Failure> {
     let mut bench = Bench::start(&folder, time)?;
     let mut results = Vec::new();
     for target in Target::ALL {
-        results.push((target, vec![Vec::new(); PATTERNS.len() + 1]));
+        results.push((target, vec![Vec::new(); PATTERNS.len() + COPIES.len()]));
     }
     for round in 1..=rounds {
         output::say(&format!("round {round} of {rounds}"));
@@ -110,17 +108,22 @@ pub(crate) fn main(args: &BenchDisk) -> Result<(), Failure> {
             bench.round(*target, rates)?;
         }
     }
-    report(args, &results);
+    report(args, &results, bench.cost);
     Ok(())
 }
 
-/// The rates of a target in each round, by pattern; the last is that of a copy of the whole image.
+/// Copies of the whole image, as `nbdcopy` does them.
+const COPIES: [&str; 2] = ["nbdcopy, from", "nbdcopy, to"];
+
+/// The rates of a target in each round, by pattern; then those of the copies.
 type Rates = Vec<Vec<f64>>;
 
 struct Bench {
     time: Duration,
     images: Vec<(Target, PathBuf)>,
     servers: Vec<Served>,
+    /// Of the last round from domain to domain.
+    cost: Cost,
 }
 
 /// A server, ended when dropped.
@@ -145,11 +148,12 @@ impl Bench {
             time,
             images: Vec::new(),
             servers: Vec::new(),
+            cost: Cost::default(),
         };
         for (target, number) in Target::ALL.into_iter().zip(0..) {
-            let path = folder.0.join(format!("{number}.img"));
+            let path = folder.path(&format!("{number}.img"));
             fill(&path).map_err(|error| Failure::new(format!("image {}: {error}", path.display())))?;
-            let socket = folder.0.join(format!("{number}.sock"));
+            let socket = folder.path(&format!("{number}.sock"));
             if let Some((command, export)) = server(target, &path, &socket)? {
                 bench.servers.push(serve(target, command, &socket, export)?);
             }
@@ -167,8 +171,9 @@ impl Bench {
 
     fn round(&mut self, target: Target, rates: &mut Rates) -> Result<(), Failure> {
         if target == Target::Domains {
-            let paces = domains(self.image(target)?, self.time)?;
-            for (rates, pace) in rates.iter_mut().zip(paces) {
+            let outcome = pair::measure(self.image(target)?, Sharing::Persistent, &PATTERNS, self.time)?;
+            self.cost = outcome.cost;
+            for (rates, pace) in rates.iter_mut().zip(outcome.paces) {
                 rates.push(pace.requests as f64 / pace.seconds);
             }
             return Ok(());
@@ -184,20 +189,35 @@ impl Bench {
         for (rates, pattern) in rates.iter_mut().zip(PATTERNS) {
             rates.push(fio(&source, pattern, self.time)?);
         }
-        if let (Some(served), Some(rates)) = (served, rates.last_mut()) {
-            let start = Instant::now();
-            done(Command::new("nbdcopy").arg(&served.uri).arg("null:"), "nbdcopy")?;
-            rates.push(SIZE as f64 / start.elapsed().as_secs_f64());
+        let Some(served) = served else { return Ok(()) };
+        let plain = self.image(Target::File)?;
+        let ways = [
+            [Path::new(&served.uri), Path::new("null:")],
+            [plain, Path::new(&served.uri)],
+        ];
+        for (rates, way) in rates.iter_mut().skip(PATTERNS.len()).zip(ways) {
+            // A copy is short, and as good as its luck: again and again for as long as a pattern takes.
+            let round = Instant::now();
+            while round.elapsed() < self.time {
+                let start = Instant::now();
+                done(Command::new("nbdcopy").args(way), "nbdcopy")?;
+                rates.push(SIZE as f64 / start.elapsed().as_secs_f64());
+            }
         }
         Ok(())
     }
 }
 
 /// A folder in memory, removed when dropped.
-struct Folder(PathBuf);
+pub(super) struct Folder(PathBuf);
 
 impl Folder {
-    fn new() -> Result<Self, Failure> {
+    /// The path of a file in it.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    pub(super) fn new() -> Result<Self, Failure> {
         let path = PathBuf::from(format!("/dev/shm/gnttab-bench-{}", std::process::id()));
         std::fs::create_dir(&path)
             .map_err(|error| Failure::new(format!("folder {}: {error}", path.display())))?;
@@ -213,7 +233,7 @@ impl Drop for Folder {
 }
 
 /// Writes every block of an image.
-fn fill(path: &Path) -> std::io::Result<()> {
+pub(super) fn fill(path: &Path) -> std::io::Result<()> {
     let mut file = File::create(path)?;
     let mut block = vec![0; 1 << 20];
     let mut state = 1_u64;
@@ -332,52 +352,21 @@ fn fio(source: &[String], pattern: Pattern, time: Duration) -> Result<f64, Failu
         .ok_or_else(|| Failure::new(format!("fio: said nothing about its {direction}s")))
 }
 
-/// The patterns on the way from a frontend domain to its backend domain.
-fn domains(image: &Path, time: Duration) -> Result<Vec<Pace>, Failure> {
-    let disk = DiskPlan {
-        image: Image::open(image, false)?,
-        backend: 0,
-        frontend: 1,
-        rings: RingPlan {
-            queues: 1,
-            order: 0,
-            persistent: true,
-        },
-        job: JobPlan::Role(frontend::Job::Measure {
-            patterns: PATTERNS.to_vec(),
-            milliseconds: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
-        }),
-    };
-    let domains = vec![DomainPlan::new("backend"), DomainPlan::new("frontend")];
-    let name = format!("bench-{}", std::process::id());
-    let mut session = Session::start(&name, domains, vec![disk])?;
-    let patience = READY + 2 * time * u32::try_from(PATTERNS.len()).unwrap_or(1);
-    let started = Instant::now();
-    let paces = loop {
-        if started.elapsed() > patience {
-            return Err(Failure::new("domain to domain: no figures came"));
-        }
-        match session.next_event(Duration::from_millis(200))? {
-            Some(Event::Word { word, .. }) => match word.news {
-                News::Paces(paces) => break paces,
-                News::Failed(why) => return Err(Failure::new(format!("domain to domain: {why}"))),
-                _ => {}
-            },
-            Some(Event::Restarted { name, how } | Event::Ended { name, how, .. }) => {
-                return Err(Failure::new(format!("domain {name} {how}")));
-            }
-            None => {}
-        }
-    };
-    session.stop(|_| {})?;
-    Ok(paces)
-}
-
 fn best(rates: &[f64]) -> Option<f64> {
     rates.iter().copied().max_by(f64::total_cmp)
 }
 
-fn report(args: &BenchDisk, results: &[(Target, Rates)]) {
+/// How far the best round lies above the median: above one half, the machine was too busy for the figure to be quoted.
+pub(super) fn spread(rates: &[f64]) -> f64 {
+    let mut sorted = rates.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match (sorted.last(), sorted.get(sorted.len() / 2)) {
+        (Some(best), Some(median)) if *median > 0.0 => best / median - 1.0,
+        _ => 0.0,
+    }
+}
+
+fn report(args: &BenchDisk, results: &[(Target, Rates)], cost: Cost) {
     let best_of = |target: Target, at: usize| {
         let (_, rates) = results.iter().find(|(of, _)| *of == target)?;
         best(rates.get(at)?)
@@ -386,7 +375,7 @@ fn report(args: &BenchDisk, results: &[(Target, Rates)]) {
     let names = PATTERNS
         .iter()
         .map(ToString::to_string)
-        .chain(["nbdcopy".to_owned()]);
+        .chain(COPIES.map(str::to_owned));
     for (at, name) in names.enumerate() {
         for (target, rates) in results {
             let Some(rate) = best(&rates[at]) else { continue };
@@ -405,12 +394,17 @@ fn report(args: &BenchDisk, results: &[(Target, Rates)]) {
     }
     if args.json {
         let cases: Vec<Value> = cases.iter().map(Case::to_json).collect();
-        output::json("bench disk", json!({ "image_bytes": SIZE, "cases": cases }));
+        let cost = cost.to_json();
+        output::json(
+            "bench disk",
+            json!({ "image_bytes": SIZE, "domain_to_domain": cost, "cases": cases }),
+        );
         return;
     }
     for case in &cases {
         output::line(&case.line());
     }
+    output::line(&format!("domain to domain, a request of the ring: {cost}"));
 }
 
 /// A target's figure for one pattern.
@@ -436,6 +430,7 @@ impl Case {
             "per_second": self.rate,
             "mebibytes_per_second": self.mebibytes(),
             "rounds": self.rounds,
+            "spread": spread(&self.rounds),
             "compared_with": self.rival.map(|(rival, _)| rival.name()),
             "ratio": self.rival.map(|(_, rate)| self.rate / rate),
         })
@@ -451,8 +446,9 @@ impl Case {
             .rival
             .map(|(rival, rate)| format!("{:.2} x {}", self.rate / rate, rival.name()))
             .unwrap_or_default();
+        let wide = if spread(&self.rounds) > 0.5 { " (wide)" } else { "" };
         let line = format!(
-            "{:<22} {:<20} {rate:>16} {:>7.0} MiB/s  {ratio}",
+            "{:<22} {:<20} {rate:>16} {:>7.0} MiB/s  {ratio}{wide}",
             self.name,
             self.target.name(),
             self.mebibytes()

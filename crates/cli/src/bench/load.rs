@@ -88,7 +88,7 @@ fn go(device: &mut impl BlockDevice, pattern: Pattern, time: Duration) -> Result
                 operation,
                 offset: place * u64::from(pattern.length),
                 length: pattern.length,
-                data,
+                data: data.into(),
             })
         },
         |_, data| data,

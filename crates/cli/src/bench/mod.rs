@@ -1,7 +1,9 @@
 //! `gnttab bench`: what grant operations cost here, each beside the limit of this machine.
 
 mod disk;
+mod grants;
 pub(crate) mod load;
+mod pair;
 
 use std::path::Path;
 
@@ -17,6 +19,7 @@ pub(crate) fn main(asked: &Bench) -> Result<(), Failure> {
     match &asked.what {
         None => engine(asked),
         Some(BenchCommand::Disk(asked)) => disk::main(asked),
+        Some(BenchCommand::Grants(asked)) => grants::main(asked),
         Some(BenchCommand::Diff(asked)) => diff(asked),
         Some(BenchCommand::Plot(asked)) => plot(asked),
     }

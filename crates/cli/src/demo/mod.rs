@@ -18,7 +18,7 @@ use crate::failure::Failure;
 use crate::image::Image;
 use crate::live::Stop;
 use crate::output;
-use crate::roles::{News, Word, frontend::Job, hostile};
+use crate::roles::{News, Sharing, Word, frontend::Job, hostile};
 use crate::session::{DiskPlan, DomainPlan, Event, JobPlan, ProgramPlan, RingPlan, Session};
 use report::{AttemptGroup, Check, DiskReport, DomainLine, Paint, Report, SharedLine};
 use workload::Outcome;
@@ -50,7 +50,7 @@ pub(crate) fn main(args: &Demo) -> Result<(), Failure> {
     let rings = RingPlan {
         queues: 1,
         order: 1,
-        persistent: true,
+        sharing: Sharing::Persistent,
     };
     let job = JobPlan::Role(Job::Work { bait: HOSTILE });
     let plan = DiskPlan {
@@ -162,7 +162,7 @@ impl Seen {
                 self.outcome = Some(outcome);
             }
             News::Failed(why) => return Err(Failure::new(format!("d2 frontend: {why}"))),
-            News::Ready | News::Totals(_) | News::Attempts(_) | News::Paces(_) => {}
+            News::Ready | News::Totals(_) | News::Attempts(_) | News::Paces(_) | News::Served(_) => {}
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::block::{BlockDevice, Completion, DeviceError, Operation, Request};
+use crate::block::{BlockDevice, Completion, Data, DeviceError, Operation, Request};
 
 /// Bytes of a large access.
 const LARGE: u32 = 256 << 10;
@@ -124,7 +124,7 @@ fn read_all(device: &mut impl BlockDevice, size: u64) -> Result<(String, Pace), 
                 operation: Operation::Read,
                 offset,
                 length,
-                data,
+                data: data.into(),
             })
         },
         |request, data| {
@@ -160,7 +160,7 @@ fn write_all(device: &mut impl BlockDevice, size: u64) -> Result<(String, Pace),
                 operation: Operation::Write { fua: false },
                 offset,
                 length,
-                data,
+                data: data.into(),
             })
         },
         |_, data| data,
@@ -170,7 +170,7 @@ fn write_all(device: &mut impl BlockDevice, size: u64) -> Result<(String, Pace),
         operation: Operation::Flush,
         offset: 0,
         length: 0,
-        data: Vec::new(),
+        data: Data::default(),
     });
     pace.seconds += run.go(|_| flush.take(), |_, data| data)?.seconds;
     Ok((hex(digest), pace))
@@ -194,7 +194,7 @@ fn write_small(device: &mut impl BlockDevice, size: u64) -> Result<Pace, Workloa
                 operation: Operation::Write { fua: false },
                 offset,
                 length,
-                data,
+                data: data.into(),
             })
         },
         |_, data| data,
@@ -222,7 +222,7 @@ fn read_small(
                 operation: Operation::Read,
                 offset,
                 length,
-                data,
+                data: data.into(),
             })
         },
         |request, data| {
@@ -331,7 +331,7 @@ impl<D: BlockDevice> Run<'_, D> {
                 };
                 request.tag = tag;
                 *slot = Some(Request {
-                    data: Vec::new(),
+                    data: Data::default(),
                     ..request
                 });
                 self.device.submit(request);
@@ -355,7 +355,8 @@ impl<D: BlockDevice> Run<'_, D> {
                 })?;
                 pace.requests += 1;
                 pace.bytes += u64::from(request.length);
-                spare.push(done(&request, data));
+                // It was not leased.
+                spare.push(done(&request, data.into_own().unwrap_or_default()));
             }
         }
     }
@@ -432,6 +433,9 @@ mod tests {
         fn geometry(&self) -> crate::block::Geometry {
             self.0.geometry()
         }
+        fn pages(&mut self) -> impl crate::block::Pages + '_ {
+            self.0.pages()
+        }
         fn submit(&mut self, request: Request) {
             self.0.submit(request);
         }
@@ -439,7 +443,9 @@ mod tests {
         fn completions(&mut self, into: &mut Vec<Completion>) {
             self.0.completions(into);
             for completion in into {
-                if let Some(byte) = completion.data.get_mut(77) {
+                if let Data::Own(data) = &mut completion.data
+                    && let Some(byte) = data.get_mut(77)
+                {
                     *byte ^= 1;
                 }
             }

@@ -316,6 +316,10 @@ impl BlockDevice for Noisy {
         }
     }
 
+    fn pages(&mut self) -> impl crate::block::Pages + '_ {
+        crate::block::NoPages
+    }
+
     fn submit(&mut self, _: Request) {}
 
     fn kick(&mut self) {}

@@ -4,17 +4,19 @@
 //! - nothing panics, and no length it names is allocated or looped over beyond [`Limits`];
 //! - only requests that the export's [`Geometry`] allows come out of [`Connection::next_request`];
 //! - every request of the client is answered once, in whatever order the disk finishes them;
-//! - a client that does not read its replies is not read from either, so that it costs bounded memory.
+//! - a client that does not read its replies is not read from either, so that it costs bounded memory;
+//! - every lease that it took comes back, by [`Connection::take_returned`].
 //!
 //! Only simple replies are offered: structured ones pay off with block status, and blkif cannot tell which blocks hold
 //! data.
 
 use std::collections::VecDeque;
-use std::io::IoSlice;
 use std::sync::Arc;
 
+use gnttab_io::shared::SharedSliceMut;
+
 use super::wire::{self, RequestHead, Take};
-use crate::block::{Completion, DeviceError, Geometry, Operation, Request};
+use crate::block::{Completion, Data, DeviceError, Geometry, Lease, Operation, Pages, Request};
 
 /// What is served: the same for every connection.
 #[derive(Debug, Clone)]
@@ -35,17 +37,17 @@ impl Limits {
     const PAYLOAD: u32 = 32 << 20;
     /// Requests under way.
     const IN_FLIGHT: usize = 128;
-    /// Bytes of payload under way and of replies not yet sent, above which nothing more is read. One more request may
-    /// come on top, so a client holds twice this at most.
-    const HELD: usize = 32 << 20;
+    /// Bytes of payload under way and of replies not yet sent, above which nothing more is read: about what stays in a
+    /// processor's cache. One more request may come on top.
+    const HELD: usize = 1 << 20;
     /// Bytes of an option's data; longer ones are skipped and refused.
     const OPTION: u32 = 16 << 10;
     /// Bytes of buffers kept for reuse.
     const SPARE: usize = 8 << 20;
     /// Bytes still to come of a payload above which they are not read by way of the input buffer.
     const STRAIGHT: usize = 16 << 10;
-    /// The longest slice list given to one write.
-    const SLICES: usize = 64;
+    /// Bytes of a write's payload from which on the next one's is expected to be read straight, too.
+    const LARGE: usize = 64 << 10;
 }
 
 /// What the next bytes of the stream are.
@@ -93,6 +95,10 @@ pub(super) struct Connection {
     phase: Phase,
     input: Input,
     output: Output,
+    /// Leases that nobody needs any more.
+    returned: Vec<Lease>,
+    /// The last write was a large one: of the next request only the head is read by way of the input buffer.
+    after_large: bool,
     /// The client asked to leave out the 124 zeros after `OPT_EXPORT_NAME`.
     no_zeroes: bool,
     /// By tag.
@@ -117,6 +123,8 @@ impl Connection {
             phase: Phase::ClientFlags,
             input: Input::new(),
             output,
+            returned: Vec::new(),
+            after_large: false,
             no_zeroes: false,
             pending: Vec::new(),
             in_flight: 0,
@@ -126,18 +134,22 @@ impl Connection {
         }
     }
 
-    /// Where the client's next bytes go; `None` when nothing is to be read now. Never an empty slice.
-    pub(super) fn input(&mut self) -> Option<&mut [u8]> {
+    /// Where the client's next bytes go; `None` when nothing is to be read now. Never no room at all.
+    pub(super) fn input(&mut self) -> Option<Room<'_>> {
         if self.is_choked() {
             return None;
         }
         let straight = self.is_straight();
-        let room = match &mut self.phase {
+        let bytes = match &mut self.phase {
             Phase::Draining => return None,
-            Phase::Payload { request, filled, .. } if straight => request.data.get_mut(*filled..)?,
-            _ => self.input.free(),
+            Phase::Payload { request, filled, .. } if straight => match &mut request.data {
+                Data::Own(data) => data.get_mut(*filled..)?,
+                Data::Leased(lease) => return Some(Room::Leased(lease, *filled)),
+            },
+            Phase::Request if self.after_large => self.input.free_up_to(wire::REQUEST_SIZE),
+            _ => self.input.free_up_to(Input::SIZE),
         };
-        (!room.is_empty()).then_some(room)
+        (!bytes.is_empty()).then_some(Room::Bytes(bytes))
     }
 
     /// `count` bytes were put where [`input`](Self::input) said.
@@ -151,7 +163,7 @@ impl Connection {
 
     /// Whether the next bytes go straight to where the disk takes them: worth it when many are to come, while few come
     /// together with the requests behind them.
-    fn is_straight(&self) -> bool {
+    pub(super) fn is_straight(&self) -> bool {
         match &self.phase {
             Phase::Payload { request, filled, .. } => {
                 self.input.is_empty() && request.data.len().saturating_sub(*filled) >= Limits::STRAIGHT
@@ -160,16 +172,25 @@ impl Connection {
         }
     }
 
+    /// The leases that are to be given back.
+    pub(super) fn take_returned(&mut self) -> Vec<Lease> {
+        std::mem::take(&mut self.returned)
+    }
+
     /// The client closed its side, or something is wrong with the socket: nothing more is read, and what was not sent is
     /// dropped.
     pub(super) fn hang_up(&mut self) {
-        self.phase = Phase::Draining;
-        self.output.clear();
+        self.drain();
+        for data in self.output.clear() {
+            self.recycle(data);
+        }
     }
 
     /// Nothing more is read; answers under way still go out.
     pub(super) fn drain(&mut self) {
-        self.phase = Phase::Draining;
+        if let Phase::Payload { request, .. } = std::mem::replace(&mut self.phase, Phase::Draining) {
+            self.recycle(request.data);
+        }
     }
 
     /// The handshake is not over yet.
@@ -188,9 +209,9 @@ impl Connection {
 
     /// Works through what was received up to the next request for the disk. Its tag is below
     /// [`MAX_IN_FLIGHT`](Self::MAX_IN_FLIGHT).
-    pub(super) fn next_request(&mut self) -> Option<Request> {
+    pub(super) fn next_request(&mut self, pages: &mut impl Pages) -> Option<Request> {
         while !self.is_choked() {
-            match self.step() {
+            match self.step(pages) {
                 Step::Again => {}
                 Step::Starved => return None,
                 Step::Request(request) => return Some(request),
@@ -246,15 +267,15 @@ impl Connection {
         !self.output.is_empty()
     }
 
-    /// What waits to be sent, oldest first.
-    pub(super) fn output(&self) -> Vec<IoSlice<'_>> {
-        self.output.slices()
+    /// What waits to be sent, oldest first, and of each the first byte that has not gone.
+    pub(super) fn output(&self) -> impl Iterator<Item = (&Data, usize)> {
+        self.output.waiting()
     }
 
     /// `count` bytes of [`output`](Self::output) were sent.
     pub(super) fn sent(&mut self, count: usize) {
-        for buffer in self.output.sent(count) {
-            self.recycle(buffer);
+        for data in self.output.sent(count) {
+            self.recycle(data);
         }
     }
 
@@ -263,23 +284,32 @@ impl Connection {
         self.in_flight >= Limits::IN_FLIGHT || self.in_flight_bytes + self.output.bytes >= Limits::HELD
     }
 
-    fn recycle(&mut self, buffer: Vec<u8>) {
-        if buffer.capacity() >= 512 && self.spare_bytes + buffer.capacity() <= Limits::SPARE {
-            self.spare_bytes += buffer.capacity();
-            self.spare.push(buffer);
+    fn recycle(&mut self, data: Data) {
+        match data {
+            Data::Leased(lease) => self.returned.push(lease),
+            Data::Own(buffer) => {
+                if buffer.capacity() >= 512 && self.spare_bytes + buffer.capacity() <= Limits::SPARE {
+                    self.spare_bytes += buffer.capacity();
+                    self.spare.push(buffer);
+                }
+            }
         }
     }
 
-    fn buffer(&mut self, length: usize) -> Vec<u8> {
+    /// Memory for a request's data: the disk's, or else the connection's own.
+    fn buffer(&mut self, length: usize, pages: &mut impl Pages) -> Data {
+        if let Some(lease) = pages.lease(length) {
+            return Data::Leased(lease);
+        }
         let Some(mut buffer) = self.spare.pop() else {
-            return vec![0; length];
+            return vec![0; length].into();
         };
         self.spare_bytes -= buffer.capacity();
         buffer.resize(length, 0);
-        buffer
+        buffer.into()
     }
 
-    fn step(&mut self) -> Step {
+    fn step(&mut self, pages: &mut impl Pages) -> Step {
         match &mut self.phase {
             Phase::ClientFlags => {
                 let Some(flags) = self.input.take::<4>() else {
@@ -303,12 +333,13 @@ impl Connection {
                 let Some(head) = self.input.take::<{ wire::REQUEST_SIZE }>() else {
                     return Step::Starved;
                 };
-                return self.request(RequestHead::decode(&head));
+                return self.request(RequestHead::decode(&head), pages);
             }
             Phase::Payload { request, filled, .. } => {
-                *filled += self
-                    .input
-                    .drain_into(request.data.get_mut(*filled..).unwrap_or_default());
+                *filled += match &mut request.data {
+                    Data::Own(data) => self.input.drain_into(data.get_mut(*filled..).unwrap_or_default()),
+                    Data::Leased(lease) => self.input.drain_into_pages(&pages.parts(lease, *filled)),
+                };
                 if *filled < request.data.len() {
                     return Step::Starved;
                 }
@@ -317,6 +348,7 @@ impl Connection {
                 else {
                     return Step::Again;
                 };
+                self.after_large = pending.bytes >= Limits::LARGE;
                 return Step::Request(self.begin(pending, request));
             }
             Phase::Skip { left, then } => {
@@ -459,7 +491,7 @@ impl Connection {
         self.output.push(reply);
     }
 
-    fn request(&mut self, head: Option<RequestHead>) -> Step {
+    fn request(&mut self, head: Option<RequestHead>, pages: &mut impl Pages) -> Step {
         let Some(head) = head else {
             // Out of step with the client: nothing that follows can be told apart.
             self.hang_up();
@@ -499,9 +531,9 @@ impl Connection {
             offset: if flush { 0 } else { head.offset },
             length: if flush { 0 } else { head.length },
             data: if payload == 0 {
-                Vec::new()
+                Data::default()
             } else {
-                self.buffer(payload)
+                self.buffer(payload, pages)
             },
         };
         let pending = Pending {
@@ -537,6 +569,14 @@ impl Connection {
     fn refuse(&mut self, cookie: u64, error: u32) {
         self.output.push(wire::simple_reply(error, cookie).to_vec());
     }
+}
+
+/// Where a client's bytes go.
+pub(super) enum Room<'a> {
+    /// Here.
+    Bytes(&'a mut [u8]),
+    /// To the pages of a lease, from this byte on.
+    Leased(&'a Lease, usize),
 }
 
 /// What one step over the input came to.
@@ -637,13 +677,14 @@ impl Input {
         self.start == self.end
     }
 
-    fn free(&mut self) -> &mut [u8] {
+    /// Room until `most` bytes are there.
+    fn free_up_to(&mut self, most: usize) -> &mut [u8] {
         if self.start > 0 {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
         }
-        &mut self.buffer[self.end..]
+        &mut self.buffer[self.end..most.max(self.end)]
     }
 
     fn filled(&mut self, count: usize) {
@@ -673,6 +714,17 @@ impl Input {
         count
     }
 
+    fn drain_into_pages(&mut self, parts: &[SharedSliceMut<'_>]) -> usize {
+        let mut all = 0;
+        for part in parts {
+            let count = part.len().min(self.front().len());
+            part.first(count).copy_from(&self.front()[..count]);
+            self.start += count;
+            all += count;
+        }
+        all
+    }
+
     fn skip(&mut self, at_most: u64) -> u64 {
         let count = self
             .front()
@@ -683,11 +735,11 @@ impl Input {
     }
 }
 
-/// Bytes to send.
+/// What is to be sent.
 #[derive(Debug, Default)]
 struct Output {
-    buffers: VecDeque<Vec<u8>>,
-    /// Bytes of the first buffer that have gone.
+    queue: VecDeque<Data>,
+    /// Bytes of the first that have gone.
     sent: usize,
     /// Bytes still to go.
     bytes: usize,
@@ -698,32 +750,34 @@ impl Output {
         self.bytes == 0
     }
 
-    fn push(&mut self, buffer: Vec<u8>) {
-        self.bytes += buffer.len();
-        self.buffers.push_back(buffer);
+    fn push(&mut self, data: impl Into<Data>) {
+        let data = data.into();
+        self.bytes += data.len();
+        self.queue.push_back(data);
     }
 
-    fn clear(&mut self) {
-        *self = Output::default();
+    /// Returns what has not gone.
+    fn clear(&mut self) -> VecDeque<Data> {
+        std::mem::take(self).queue
     }
 
-    fn slices(&self) -> Vec<IoSlice<'_>> {
+    fn waiting(&self) -> impl Iterator<Item = (&Data, usize)> {
         let mut skip = self.sent;
-        let slice =
-            |buffer| IoSlice::new(&<Vec<u8> as AsRef<[u8]>>::as_ref(buffer)[std::mem::take(&mut skip)..]);
-        self.buffers.iter().take(Limits::SLICES).map(slice).collect()
+        self.queue
+            .iter()
+            .map(move |data| (data, std::mem::take(&mut skip)))
     }
 
-    /// Returns the buffers that have gone whole.
-    fn sent(&mut self, count: usize) -> Vec<Vec<u8>> {
+    /// Returns what has gone whole.
+    fn sent(&mut self, count: usize) -> Vec<Data> {
         self.bytes = self.bytes.saturating_sub(count);
         self.sent += count;
         let mut gone = Vec::new();
-        while let Some(first) = self.buffers.front()
+        while let Some(first) = self.queue.front()
             && self.sent >= first.len()
         {
             self.sent -= first.len();
-            gone.extend(self.buffers.pop_front());
+            gone.extend(self.queue.pop_front());
         }
         gone
     }

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::fs;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, Read as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt as _;
@@ -11,6 +11,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
+
+/// Bytes of answers that a local client may leave unread before who sends them has to wait: a few large reads.
+const SEND_BUFFER: usize = 1 << 20;
 
 /// Why no clients can come in.
 #[derive(Debug, thiserror::Error)]
@@ -135,6 +138,8 @@ impl Listener {
             Listener::Unix { socket, .. } => {
                 let (stream, _) = socket.accept()?;
                 stream.set_nonblocking(true)?;
+                // Whatever the system allows is fine.
+                let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER);
                 Ok(Stream::Unix(stream))
             }
             Listener::Tcp(socket) => {
@@ -201,13 +206,6 @@ impl Stream {
         match self {
             Stream::Unix(stream) => stream.read(into),
             Stream::Tcp(stream) => stream.read(into),
-        }
-    }
-
-    pub(super) fn write(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        match self {
-            Stream::Unix(stream) => stream.write_vectored(slices),
-            Stream::Tcp(stream) => stream.write_vectored(slices),
         }
     }
 }

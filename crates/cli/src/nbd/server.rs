@@ -17,18 +17,22 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::connection::{Connection, Export};
+use super::connection::{Connection, Export, Room};
 use super::listener::{Listener, Stream};
 use crate::bell::Bell;
-use crate::block::{BlockDevice, Completion, Operation};
+use crate::block::{BlockDevice, Completion, Data, Operation, Pages, Request};
+use crate::vectored::{self, Pieces};
 
 /// Clients at a time, over all queues; the next one takes the place of one that has never asked for anything, or else is
-/// turned away by closing its connection. With what one of them can make us hold (64 MiB and a little) this bounds the
-/// server's memory.
+/// turned away by closing its connection. With what one of them can make us hold (a request of 32 MiB and a little) this
+/// bounds the server's memory.
 const MAX_CLIENTS: usize = 16;
 
 /// Bytes that are submitted for a client before answers are sent: about what stays in the processor's cache.
 const ROUND: usize = 512 << 10;
+
+/// The most pieces of memory that one write takes.
+const PIECES: usize = 256;
 
 /// How long clients may take, since places are few.
 #[derive(Debug, Clone, Copy)]
@@ -477,8 +481,9 @@ impl<D: BlockDevice> Worker<D> {
                 self.complete(completion);
             }
             for client in &mut self.clients {
-                client.send();
+                client.send(&self.device.pages());
             }
+            self.return_leases();
             if !submitted && !completed {
                 return any;
             }
@@ -491,7 +496,7 @@ impl<D: BlockDevice> Worker<D> {
         for client in &mut self.clients {
             let mut bytes = 0;
             while bytes < ROUND
-                && let Some(mut request) = client.connection.next_request()
+                && let Some(mut request) = client.next_request(&mut self.device)
             {
                 bytes += request.data.len();
                 client.has_asked = true;
@@ -524,8 +529,20 @@ impl<D: BlockDevice> Worker<D> {
         client.connection.complete(completion);
     }
 
+    /// Gives the disk back what it has lent and nobody needs any more.
+    fn return_leases(&mut self) {
+        for client in &mut self.clients {
+            let returned = client.connection.take_returned();
+            if !returned.is_empty() {
+                let mut pages = self.device.pages();
+                returned.into_iter().for_each(|lease| pages.give_back(lease));
+            }
+        }
+    }
+
     /// Drops the clients that are done, and says who is left.
     fn bury(&mut self) {
+        self.return_leases();
         let before = self.clients.len();
         self.clients.retain(|client| !client.connection.is_finished());
         let gone = before - self.clients.len();
@@ -579,7 +596,7 @@ impl<D: BlockDevice> Worker<D> {
         for (index, ready) in polled.into_iter().zip(ready) {
             let client = &mut self.clients[index];
             if ready.intersects(PollFlags::IN) {
-                client.receive();
+                client.receive(&self.device.pages());
             } else if ready.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
                 client.connection.hang_up();
             }
@@ -589,23 +606,55 @@ impl<D: BlockDevice> Worker<D> {
 }
 
 impl Client {
-    /// Reads once what has arrived: a client that sends without end must not keep the others waiting.
-    fn receive(&mut self) {
-        let Some(room) = self.connection.input() else {
-            return;
-        };
-        match self.stream.read(room) {
-            Ok(0) => self.connection.hang_up(),
-            Ok(count) => self.connection.received(count),
-            Err(error) if is_passing(&error) => {}
-            Err(_) => self.connection.hang_up(),
+    /// The next request for the disk. A large payload is read as far as it has come; what else has come waits until the
+    /// others have had their turn.
+    fn next_request(&mut self, device: &mut impl BlockDevice) -> Option<Request> {
+        let mut pages = device.pages();
+        loop {
+            let request = self.connection.next_request(&mut pages);
+            if request.is_some() || !self.connection.is_straight() || !self.receive(&pages) {
+                return request;
+            }
         }
     }
 
-    fn send(&mut self) {
+    /// Reads once what has arrived: a client that sends without end must not keep the others waiting. Whether anything
+    /// came.
+    fn receive(&mut self, pages: &impl Pages) -> bool {
+        let received = match self.connection.input() {
+            None => return false,
+            Some(Room::Bytes(bytes)) => self.stream.read(bytes),
+            Some(Room::Leased(lease, from)) => vectored::receive(&self.stream, &pages.parts(lease, from)),
+        };
+        match received {
+            Ok(0) => self.connection.hang_up(),
+            Ok(count) => {
+                self.connection.received(count);
+                return true;
+            }
+            Err(error) if is_passing(&error) => {}
+            Err(_) => self.connection.hang_up(),
+        }
+        false
+    }
+
+    fn send(&mut self, pages: &impl Pages) {
         while self.connection.has_output() {
-            let slices = self.connection.output();
-            match self.stream.write(&slices) {
+            let mut pieces = Pieces::default();
+            for (data, from) in self.connection.output() {
+                match data {
+                    Data::Own(bytes) => pieces.push(bytes.get(from..).unwrap_or_default()),
+                    Data::Leased(lease) => {
+                        for part in pages.parts(lease, from) {
+                            pieces.push_shared(&part.into());
+                        }
+                    }
+                }
+                if pieces.len() >= PIECES {
+                    break;
+                }
+            }
+            match pieces.send(&self.stream) {
                 Ok(0) => return self.connection.hang_up(),
                 Ok(count) => self.connection.sent(count),
                 Err(error) if is_passing(&error) => return,

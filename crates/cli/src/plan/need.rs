@@ -333,7 +333,7 @@ mod tests {
             queue.start(DeviceProperties { disk: disk_info, barrier: false, persistent: true, max_indirect: 256 });
             let pages = usize::from(indirect).max(MAX_DIRECT_SEGMENTS);
             for token in 0..130 {
-                queue.submit(token, Io::Write { sector: 0, data: vec![0; pages * 4096] }).unwrap();
+                queue.submit(token, Io::Write { sector: 0, data: vec![0; pages * 4096].into() }).unwrap();
             }
             queue.kick();
             let planned = disk(&format!("ring-order = {order}\nindirect-segments = {indirect}")).0;

@@ -11,14 +11,14 @@ use std::time::Instant;
 use gnttab_guest::Mapper;
 use gnttab_host::runtime::{Domain, Port, io::Back};
 use gnttab_io::blkif::handshake::{BackendEvent, BackendHandshake, BackendLimits, QueueOffer};
-use gnttab_io::blkif::{BackendConfig, BackendQueue, Disk};
+use gnttab_io::blkif::{BackendConfig, BackendQueue, Disk, OneShot};
 use gnttab_io::grants::{Grantee, Notify};
 use gnttab_io::throttle::EventThrottle;
 use gnttab_io::xenbus::Store as _;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 
-use super::{Joined, RoleError, Step, state_node};
+use super::{Joined, News, RoleError, Served, Sharing, Step, say, state_node};
 use crate::bell::Bell;
 use crate::image_disk::ImageDisk;
 
@@ -45,8 +45,8 @@ pub(crate) struct Orders {
     pub(crate) queues: u32,
     /// Largest rings: 2^n pages.
     pub(crate) ring_order: u32,
-    /// Offer persistent grants.
-    pub(crate) persistent: bool,
+    /// How the frontend's pages are reached.
+    pub(crate) sharing: Sharing,
 }
 
 /// The name of the descriptor that has a disk's image.
@@ -92,7 +92,7 @@ impl Backend {
         let limits = BackendLimits {
             max_ring_page_order: self.orders.ring_order,
             max_queues: self.orders.queues,
-            persistent: self.orders.persistent,
+            persistent: self.orders.sharing == Sharing::Persistent,
             ..BackendLimits::default()
         };
         let Some(handshake) = &mut self.handshake else {
@@ -110,15 +110,21 @@ impl Backend {
             BackendEvent::Idle => return Ok(Step::Idle),
             BackendEvent::Connect(offer) => {
                 let peer = handshake.frontend_id();
+                let number = self.orders.disk;
+                let one_shot = match self.orders.sharing {
+                    Sharing::Copied => OneShot::Copy,
+                    Sharing::Persistent | Sharing::Mapped => OneShot::Map,
+                };
                 let connect = |queue: &QueueOffer| {
                     let back = Back::new(Arc::clone(&joined.domain), self.mapper.clone(), peer);
                     let port = joined.domain.bind_port(peer, queue.event_channel.0)?;
                     let config = BackendConfig {
                         max_indirect: limits.max_indirect,
+                        one_shot,
                         ..BackendConfig::new(offer.abi, offer.persistent)
                     };
                     let queue = BackendQueue::connect(back, &queue.ring, config, self.disk.info())?;
-                    Ok(Queue::start(queue, port, &self.disk, &joined.bell)?)
+                    Ok(Queue::start(queue, port, number, &self.disk, &joined.bell)?)
                 };
                 let connected: Result<Vec<Queue>, RoleError> = offer.queues.iter().map(connect).collect();
                 match connected {
@@ -146,9 +152,25 @@ struct Queue {
 }
 
 impl Queue {
-    fn start(queue: BackendQueue<Back>, port: Port, disk: &Arc<ImageDisk>, ended: &Bell) -> io::Result<Self> {
+    fn start(
+        mut queue: BackendQueue<Back>,
+        port: Port,
+        number: usize,
+        disk: &Arc<ImageDisk>,
+        ended: &Bell,
+    ) -> io::Result<Self> {
         let disk = Arc::clone(disk);
-        Queue::spawn(ended, move |stop| serve(queue, port, &*disk, stop))
+        Queue::spawn(ended, move |stop| {
+            let outcome = serve(&mut queue, port, &*disk, stop);
+            let stats = queue.stats();
+            let served = Served {
+                requests: stats.reads + stats.writes,
+                mapped: stats.mapped,
+                copied: stats.copied,
+            };
+            say(number, News::Served(served));
+            outcome
+        })
     }
 
     fn spawn(
@@ -218,7 +240,7 @@ impl Channel for Port {
 /// The frontend may be hostile: one that never runs out of requests cannot keep the thread from ending, and one that sends
 /// events for nothing is listened to less and less.
 fn serve<G: Grantee>(
-    mut queue: BackendQueue<G>,
+    queue: &mut BackendQueue<G>,
     mut port: impl Channel,
     disk: &impl Disk,
     stop: &Bell,
@@ -357,7 +379,7 @@ mod tests {
     #[test]
     fn a_frontend_that_never_runs_out_of_requests_cannot_keep_its_queue_alive() {
         let domain = FakeDomain::new();
-        let (mut frontend, queue) = hostile(&domain);
+        let (mut frontend, mut queue) = hostile(&domain);
         let (gref, _page) = frontend.data_page(Access::ReadWrite).unwrap();
         let mut slot = Slot::new(Abi::X86_64);
         slot.set_second(1);
@@ -379,7 +401,8 @@ mod tests {
         };
         let (ended, end) = mpsc::channel();
         thread::spawn(move || {
-            let outcome = serve(queue, Flood::new(), &disk, &stop).map_err(|error| error.to_string());
+            let outcome = serve(&mut queue, Flood::new(), &disk, &stop).map_err(|error| error.to_string());
+            drop(queue);
             let _ = ended.send((outcome, disk.served.load(Ordering::SeqCst)));
         });
         let (outcome, served) = end
@@ -394,7 +417,7 @@ mod tests {
     #[test]
     fn a_flood_of_events_for_nothing_costs_a_few_looks() {
         let domain = FakeDomain::new();
-        let (frontend, queue) = hostile(&domain);
+        let (frontend, mut queue) = hostile(&domain);
         let stop = Bell::new().unwrap();
         let flood = Flood::new();
         let looks = Arc::clone(&flood.looks);
@@ -404,7 +427,7 @@ mod tests {
             stop: stop.clone(),
         };
         let stopped = stop.clone();
-        let server = thread::spawn(move || serve(queue, flood, &disk, &stopped).is_ok());
+        let server = thread::spawn(move || serve(&mut queue, flood, &disk, &stopped).is_ok());
         thread::sleep(Duration::from_millis(400));
         stop.ring();
         assert!(server.join().unwrap());
@@ -418,14 +441,14 @@ mod tests {
         let ended = Bell::new().unwrap();
         for round in 0..300 {
             let domain = FakeDomain::new();
-            let (mut frontend, queue) = hostile(&domain);
+            let (mut frontend, mut queue) = hostile(&domain);
             if round % 3 == 0 {
                 frontend.set_req_prod(1 << 30);
             }
             let queue = Queue::spawn(&ended, move |stop| {
                 let image = crate::image::Image::generate(4096)?;
                 let disk = ImageDisk::new(image.file().try_clone()?, 4096, false);
-                serve(queue, Flood::new(), &disk, stop)
+                serve(&mut queue, Flood::new(), &disk, stop)
             })
             .unwrap();
             if round % 3 == 1 {

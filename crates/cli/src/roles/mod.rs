@@ -66,6 +66,40 @@ pub(crate) struct Word {
     pub(crate) news: News,
 }
 
+/// How a backend reaches the pages of its frontend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Sharing {
+    /// They stay granted and mapped from one request to the next.
+    Persistent,
+    /// They are granted for a request, and the monitor copies from them and to them.
+    Copied,
+    /// They are granted and mapped for a request.
+    Mapped,
+}
+
+impl Sharing {
+    /// As it is written.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Sharing::Persistent => "persistent",
+            Sharing::Copied => "copied",
+            Sharing::Mapped => "mapped",
+        }
+    }
+}
+
+/// What a queue of a backend has done in its life.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Served {
+    /// Reads and writes of the ring.
+    pub(crate) requests: u64,
+    /// Pages mapped.
+    pub(crate) mapped: u64,
+    /// Pages copied by the monitor.
+    pub(crate) copied: u64,
+}
+
 /// What happened to a disk.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -80,6 +114,8 @@ pub(crate) enum News {
     Outcome(Box<Outcome>),
     /// How fast the patterns of a measuring frontend went.
     Paces(Vec<Pace>),
+    /// A queue of its backend has ended.
+    Served(Served),
     /// The demo's workload, or what is measured, cannot go on.
     Failed(String),
     /// What the hostile domain tried.

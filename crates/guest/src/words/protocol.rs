@@ -111,6 +111,15 @@ impl<'a> Entry<'a> {
         Ok(())
     }
 
+    /// Whether the peer uses the entry at this moment. Nothing is changed, so it may begin to right after.
+    pub(crate) fn is_used(&self) -> bool {
+        let marks = match *self {
+            Entry::V1 { head, .. } => EntryHead::from_word(head.load(Ordering::Relaxed)).flags,
+            Entry::V2 { status, .. } => EntryFlags::from_bits_retain(status.load(Ordering::Relaxed)),
+        };
+        marks.intersects(EntryFlags::IN_USE)
+    }
+
     /// Ends access, if the peer does not use it.
     ///
     /// In use, a version 1 entry is left as it was; a version 2 entry admits no new first use

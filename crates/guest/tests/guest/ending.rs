@@ -74,9 +74,16 @@ fn gst_2_what_the_peer_uses_comes_back_when_it_lets_go() {
         let bench = Bench::new(version);
         let grant = bench.grant();
         let (gref, frame) = (grant.gref(), grant.page().frame);
+        assert!(!grant.is_used());
         bench.hold(gref);
         let before = bench.me.table.words(gref).load();
 
+        assert!(grant.is_used());
+        assert_eq!(
+            bench.me.table.words(gref).load(),
+            before,
+            "a look changes nothing"
+        );
         let grant = grant.try_end().unwrap_err();
         let after = bench.me.table.words(gref).load();
         match version {

@@ -62,6 +62,10 @@ impl grants::Granter for Front {
     }
 
     fn end(&mut self, gref: GrantRef) -> bool {
+        // Where grants persist this is the usual answer, for every page of every request.
+        if self.live.get(&gref).is_some_and(Grant::is_used) {
+            return false;
+        }
         let Some(grant) = self.live.remove(&gref) else {
             return true;
         };

@@ -343,14 +343,14 @@ fn block_front(start: Start) -> Outcome {
             &mut queue,
             Io::Write {
                 sector,
-                data: data.clone(),
+                data: data.clone().into(),
             },
         )?;
         match complete(
             &mut queue,
             Io::Read {
                 sector,
-                data: vec![0; bytes],
+                data: vec![0; bytes].into(),
             },
         )? {
             Io::Read { data: read, .. } if read == data => {}

@@ -8,7 +8,8 @@ use core::fmt;
 use gnttab_abi::GrantRef;
 
 use super::frontend::{
-    Completion, DeviceBroken, DeviceProperties, FrontendQueue, Io, IoError, OpenError, RejectReason, Rejected,
+    Completion, Data, DeviceBroken, DeviceProperties, FrontendQueue, Io, IoError, OpenError, RejectReason,
+    Rejected,
 };
 use crate::grants::{Granter, Notify};
 
@@ -213,11 +214,15 @@ impl<G: Granter, N: Notify> BlockDevice<G, N> {
         let io = self.run(
             Io::Read {
                 sector,
-                data: vec![0; into.len()],
+                data: vec![0; into.len()].into(),
             },
             wait,
         )?;
-        if let Io::Read { data, .. } = io {
+        if let Io::Read {
+            data: Data::Own(data),
+            ..
+        } = io
+        {
             into.copy_from_slice(&data);
         }
         Ok(())
@@ -236,7 +241,7 @@ impl<G: Granter, N: Notify> BlockDevice<G, N> {
         self.run(
             Io::Write {
                 sector,
-                data: from.to_vec(),
+                data: from.to_vec().into(),
             },
             wait,
         )

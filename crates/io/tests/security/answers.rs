@@ -111,7 +111,7 @@ fn xsa_403_a_page_shows_the_request_and_zeros() {
             done[0].io,
             Io::Read {
                 sector: 8,
-                data: vec![0xEE; 512]
+                data: vec![0xEE; 512].into()
             },
             "what was asked for and not a byte more"
         );

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use gnttab_abi::{Abi, GrantRef};
-use gnttab_io::blkif::{BackendConfig, DeviceProperties, Io};
+use gnttab_io::blkif::{BackendConfig, Data, DeviceProperties, Io};
 use gnttab_io::fake::FakeDomain;
 use gnttab_io::ring::{BackRing, FrontRing};
 use gnttab_io::shared::{HeapPages, Observer};
@@ -171,7 +171,11 @@ fn xsa_155_a_response_and_its_data_are_loaded_once() {
             let (done, broken) = spoiler.during(|| used.poll_all());
             assert_eq!((done.len(), broken), (1, None));
             assert_eq!(done[0].result, Ok(()), "as the first load said");
-            let Io::Read { data, .. } = &done[0].io else {
+            let Io::Read {
+                data: Data::Own(data),
+                ..
+            } = &done[0].io
+            else {
                 panic!("a read")
             };
             assert!(data.iter().all(|byte| *byte == 0x5A), "as the first load said");

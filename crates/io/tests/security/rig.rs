@@ -187,14 +187,14 @@ impl<G: Granter> Used<G> {
 pub(crate) fn read(sector: u64, sectors: usize) -> Io {
     Io::Read {
         sector,
-        data: vec![0; sectors * 512],
+        data: vec![0; sectors * 512].into(),
     }
 }
 
 pub(crate) fn write(sector: u64, sectors: usize, fill: u8) -> Io {
     Io::Write {
         sector,
-        data: vec![fill; sectors * 512],
+        data: vec![fill; sectors * 512].into(),
     }
 }
 

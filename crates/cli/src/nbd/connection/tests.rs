@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::block::NoPages;
 
 const SIZE: u64 = 64 << 10;
 
@@ -51,7 +52,7 @@ impl Session {
     /// Sends bytes, as many at a time as are taken, and lets the disk answer.
     fn send(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
-            let Some(room) = self.connection.input() else {
+            let Some(Room::Bytes(room)) = self.connection.input() else {
                 return;
             };
             let count = room.len().min(bytes.len());
@@ -63,7 +64,7 @@ impl Session {
     }
 
     fn work(&mut self) {
-        while let Some(request) = self.connection.next_request() {
+        while let Some(request) = self.connection.next_request(&mut NoPages) {
             self.requests
                 .push((request.operation, request.offset, request.length));
             let completion = self.perform(request);
@@ -75,8 +76,8 @@ impl Session {
         let place = usize::try_from(request.offset).unwrap()..;
         let place = &mut self.disk[place][..usize::try_from(request.length).unwrap()];
         match request.operation {
-            Operation::Read => request.data.copy_from_slice(place),
-            Operation::Write { .. } => place.copy_from_slice(&request.data),
+            Operation::Read => request.data = place.to_vec().into(),
+            Operation::Write { .. } => place.copy_from_slice(own(&request.data)),
             Operation::WriteZeroes { .. } => place.fill(0),
             Operation::Flush | Operation::Discard => {}
         }
@@ -94,8 +95,7 @@ impl Session {
             let before = all.len();
             self.connection
                 .output()
-                .iter()
-                .for_each(|slice| all.extend_from_slice(slice));
+                .for_each(|(data, from)| all.extend_from_slice(&own(data)[from..]));
             self.connection.sent(all.len() - before);
         }
         all
@@ -107,6 +107,13 @@ impl Session {
         let reply = self.replies();
         assert_eq!(reply[..4], wire::SIMPLE_REPLY_MAGIC.to_be_bytes());
         u32::from_be_bytes(reply[4..8].try_into().unwrap())
+    }
+}
+
+fn own(data: &Data) -> &[u8] {
+    match data {
+        Data::Own(bytes) => bytes,
+        Data::Leased(_) => panic!("nobody lends pages here"),
     }
 }
 
@@ -311,10 +318,12 @@ fn no_more_requests_come_out_than_the_limit() {
     let mut taken = Vec::new();
     let read = request(wire::CMD_READ, 0, 0, 512, &[]);
     for _ in 0..Limits::IN_FLIGHT + 50 {
-        let Some(room) = connection.input() else { break };
+        let Some(Room::Bytes(room)) = connection.input() else {
+            break;
+        };
         room[..read.len()].copy_from_slice(&read);
         connection.received(read.len());
-        taken.extend(connection.next_request());
+        taken.extend(connection.next_request(&mut NoPages));
     }
     assert_eq!(taken.len(), Limits::IN_FLIGHT);
     let mut tags: Vec<u64> = taken.iter().map(|request| request.tag).collect();

@@ -1,4 +1,5 @@
-//! How the data of an operation becomes a request: into pages of the pool, as many as there are.
+//! How the data of an operation becomes a request: through pages of the pool, as many as there are, or in the
+//! leased pages where it lies.
 
 use alloc::vec::Vec;
 
@@ -27,6 +28,13 @@ pub(super) fn segments_that_fit(wanted: usize, max_indirect: u16, available: usi
     }
 }
 
+/// As [`segments_that_fit`], where only the pages of an indirect request's segments are still to be had.
+pub(super) fn segments_in_place(wanted: usize, max_indirect: u16, available: usize) -> usize {
+    let max = usize::from(max_indirect.min(MAX_INDIRECT_SEGMENTS));
+    let by_pages = (available * SEGMENTS_PER_INDIRECT_PAGE).max(MAX_DIRECT_SEGMENTS);
+    wanted.min(max.max(MAX_DIRECT_SEGMENTS)).min(by_pages)
+}
+
 /// Ends a page's grant unless it may persist, and puts it back. For pages that no request used.
 pub(super) fn put_back<G: Granter>(
     pool: &mut Pool<G::Pages>,
@@ -44,7 +52,7 @@ pub(super) fn put_back<G: Granter>(
     }
 }
 
-/// Puts the data of one request into pages.
+/// Makes one request, of data that it puts into pages or of pages as they are.
 pub(super) struct Bounce<'a, G: Granter> {
     pub(super) pool: &'a mut Pool<G::Pages>,
     pub(super) granter: &'a mut G,
@@ -61,23 +69,51 @@ impl<G: Granter> Bounce<'_, G> {
         sector: u64,
         data: &[u8],
     ) -> Result<Result<Request, BadRequest>, GrantError> {
-        let access = match direction {
-            Direction::Read => Access::ReadWrite,
-            Direction::Write => Access::ReadOnly,
-        };
         let mut segments = Vec::with_capacity(data.len().div_ceil(PAGE_SIZE));
-        if data.is_empty() {
-            return Err(GrantError::NoPages);
-        }
         for chunk in data.chunks(PAGE_SIZE) {
             let from = if direction == Direction::Write { chunk } else { &[] };
-            let gref = self.page(access, from)?;
-            let sectors = u8::try_from(chunk.len() / SECTOR_SIZE).unwrap_or(SECTORS_PER_PAGE);
-            match Segment::leading(gref, sectors) {
-                Ok(segment) => segments.push(segment),
-                Err(bad) => return Ok(Err(bad)),
-            }
+            let gref = self.page(access_for(direction), from)?;
+            segments.push((gref, chunk.len()));
         }
+        self.assemble(direction, sector, &segments)
+    }
+
+    /// A request for the first `bytes` bytes of pages that are used as they are.
+    pub(super) fn request_in_place(
+        self,
+        direction: Direction,
+        sector: u64,
+        pages: &mut [PoolPage<G::Pages>],
+        bytes: usize,
+    ) -> Result<Result<Request, BadRequest>, GrantError> {
+        let access = self.access(access_for(direction));
+        let mut segments = Vec::with_capacity(pages.len());
+        for (page, start) in pages.iter_mut().zip((0..bytes).step_by(PAGE_SIZE)) {
+            segments.push((page.grant(self.granter, access)?, (bytes - start).min(PAGE_SIZE)));
+        }
+        self.assemble(direction, sector, &segments)
+    }
+
+    /// A request of these pages, each with its bytes; the segments of many go into pages of their own.
+    fn assemble(
+        mut self,
+        direction: Direction,
+        sector: u64,
+        pages: &[(GrantRef, usize)],
+    ) -> Result<Result<Request, BadRequest>, GrantError> {
+        if pages.is_empty() {
+            return Err(GrantError::NoPages);
+        }
+        let segment = |&(gref, bytes): &(GrantRef, usize)| {
+            Segment::leading(
+                gref,
+                u8::try_from(bytes / SECTOR_SIZE).unwrap_or(SECTORS_PER_PAGE),
+            )
+        };
+        let segments: Vec<Segment> = match pages.iter().map(segment).collect() {
+            Ok(segments) => segments,
+            Err(bad) => return Ok(Err(bad)),
+        };
         if segments.len() <= MAX_DIRECT_SEGMENTS {
             return Ok(Direct::new(direction.transfer(), sector, &segments).map(Request::Direct));
         }
@@ -93,17 +129,29 @@ impl<G: Granter> Bounce<'_, G> {
         Ok(Indirect::new(direction, sector, count, &pages).map(Request::Indirect))
     }
 
-    fn page(&mut self, access: Access, content: &[u8]) -> Result<GrantRef, GrantError> {
-        // A grant that may persist has to serve reads as well as writes.
-        let access = if self.persistent {
+    /// A grant that may persist has to serve reads as well as writes.
+    fn access(&self, access: Access) -> Access {
+        if self.persistent {
             Access::ReadWrite
         } else {
             access
-        };
-        let (page, gref) = self.pool.take(self.granter, access)?;
+        }
+    }
+
+    fn page(&mut self, access: Access, content: &[u8]) -> Result<GrantRef, GrantError> {
+        let access = self.access(access);
+        let (page, gref) = self.pool.take_granted(self.granter, access)?;
         page.page.as_ref().write(0, content);
         self.pages.push(page);
         Ok(gref)
+    }
+}
+
+/// What the peer has to do with the data's pages.
+fn access_for(direction: Direction) -> Access {
+    match direction {
+        Direction::Read => Access::ReadWrite,
+        Direction::Write => Access::ReadOnly,
     }
 }
 
@@ -130,6 +178,24 @@ mod tests {
         ] {
             assert_eq!(
                 segments_that_fit(wanted, max, available),
+                expected,
+                "{wanted} {max} {available}"
+            );
+        }
+    }
+
+    #[test]
+    fn requests_in_place_take_what_their_segments_lie_in() {
+        for (wanted, max, available, expected) in [
+            (1, 0, 0, 1),
+            (64, 32, 10, 32),
+            (64, 32, 0, 11),
+            (64, 0, 10, 11),
+            (600, 4096, 1, 512),
+            (600, 4096, 2, 600),
+        ] {
+            assert_eq!(
+                segments_in_place(wanted, max, available),
                 expected,
                 "{wanted} {max} {available}"
             );

@@ -4,8 +4,8 @@ use alloc::vec::Vec;
 
 use gnttab_abi::PAGE_SIZE;
 
-use super::bounce::{Bounce, put_back, segments_that_fit};
-use super::types::{Completion, DeviceBroken, Io, IoError};
+use super::bounce::{Bounce, put_back, segments_in_place, segments_that_fit};
+use super::types::{Completion, Data, DeviceBroken, Io, IoError};
 use super::{FrontendQueue, Pending, Sent, Unsent};
 use crate::blkif::layout::{RawResponse, SECTOR_SIZE, Slot};
 use crate::blkif::request::{Direct, Direction, Discard, Operation, Request, Status, Transfer};
@@ -89,13 +89,9 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
                     Io::Read { .. } => Direction::Read,
                     _ => Direction::Write,
                 };
+                let wanted = rest.units.div_ceil(PAGE_SIZE);
                 let max_indirect = self.config.max_indirect.min(properties.max_indirect);
-                let count = segments_that_fit(
-                    rest.units.div_ceil(PAGE_SIZE),
-                    max_indirect,
-                    self.pool.available(),
-                );
-                let bytes = rest.units.min(count * PAGE_SIZE);
+                let available = self.pool.available();
                 let bounce = Bounce {
                     pool: &mut self.pool,
                     granter: &mut self.granter,
@@ -103,7 +99,21 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
                     pages: &mut pages,
                 };
                 let sector = sector + (rest.offset / SECTOR_SIZE) as u64;
-                let request = bounce.request(direction, sector, &data[rest.offset..][..bytes]);
+                let (request, bytes) = match data {
+                    Data::Own(data) => {
+                        let count = segments_that_fit(wanted, max_indirect, available);
+                        let bytes = rest.units.min(count * PAGE_SIZE);
+                        let request = bounce.request(direction, sector, &data[rest.offset..][..bytes]);
+                        (request, bytes)
+                    }
+                    Data::Leased(lease) => {
+                        let count = segments_in_place(wanted, max_indirect, available);
+                        let bytes = rest.units.min(count * PAGE_SIZE);
+                        let lent = self.leases.get_mut(lease);
+                        let pages = lent.map_or(&mut [][..], |lent| lent.part(rest.offset, bytes));
+                        (bounce.request_in_place(direction, sector, pages, bytes), bytes)
+                    }
+                };
                 match request {
                     Ok(request) => (request, bytes),
                     Err(error) => {
@@ -173,7 +183,14 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
             });
         }
         // Access ends first, so that what is copied below is final (except where grants persist).
-        for page in &mut shadow.pages {
+        let leased = shadow.sent.as_ref().and_then(|sent| {
+            let (Io::Read { data, .. } | Io::Write { data, .. }) = &self.pending.get(&sent.io)?.io else {
+                return None;
+            };
+            let Data::Leased(lease) = data else { return None };
+            Some(self.leases.get_mut(lease)?.part(sent.offset, sent.units))
+        });
+        for page in shadow.pages.iter_mut().chain(leased.into_iter().flatten()) {
             if let Some(gref) = page.gref {
                 if self.granter.end(gref) {
                     page.gref = None;
@@ -209,7 +226,11 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
         };
         if result.is_ok()
             && let Some(Pending {
-                io: Io::Read { data, .. },
+                io:
+                    Io::Read {
+                        data: Data::Own(data),
+                        ..
+                    },
                 ..
             }) = self.pending.get_mut(&sent.io)
         {

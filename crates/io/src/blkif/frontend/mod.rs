@@ -2,7 +2,8 @@
 //! ring, and come out as completions.
 //!
 //! # Rules
-//! 1. Data is bounced: what the peer can reach are pages of the pool, never the caller's buffers.
+//! 1. What the peer can reach are pages of the pool, never the caller's buffers: data is copied between the two,
+//!    unless the caller leased pages of the pool and has it there.
 //! 2. A response must name a request that is outstanding and its operation; each identifier is good once
 //!    (PVR-3). Anything else breaks the device: nothing is read from or sent to it until it is closed and
 //!    connected anew.
@@ -12,6 +13,7 @@
 
 mod bounce;
 mod exchange;
+mod lease;
 mod pool;
 mod types;
 
@@ -19,17 +21,20 @@ use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
 use core::fmt;
 
-use gnttab_abi::GrantRef;
+use gnttab_abi::{GrantRef, PAGE_SIZE};
 
+use self::bounce::put_back;
+use self::lease::{Leases, Lent};
 use self::pool::{Pool, PoolPage};
 pub use self::types::{
-    Completion, DeviceBroken, DeviceProperties, FrontendConfig, FrontendStats, Io, IoError, OpenError,
-    RejectReason, Rejected,
+    Completion, Data, DeviceBroken, DeviceProperties, FrontendConfig, FrontendStats, Io, IoError, Lease,
+    OpenError, RejectReason, Rejected,
 };
 use super::layout::{MAX_SLOT, RawResponse, SECTOR_SIZE, slot_size};
 use super::request::{BadRequest, Operation};
 use crate::grants::{Access, Granter, Notify};
 use crate::ring::{FrontRing, RingShape, ShapeError};
+use crate::shared::SharedSliceMut;
 
 /// An operation that is not finished.
 struct Pending {
@@ -60,7 +65,7 @@ struct Sent {
 struct Shadow<P> {
     generation: u32,
     sent: Option<Sent>,
-    /// Data pages first, then indirect pages.
+    /// Data pages first, then indirect pages. Data pages that are leased are with their lease.
     pages: Vec<PoolPage<P>>,
 }
 
@@ -88,6 +93,7 @@ pub struct FrontendQueue<G: Granter, N> {
     /// Of the current connection, or else of the last one.
     properties: Option<DeviceProperties>,
     pool: Pool<G::Pages>,
+    leases: Leases<G::Pages>,
     /// By order of submission.
     pending: BTreeMap<u64, Pending>,
     next_io: u64,
@@ -106,6 +112,7 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
             config,
             properties: None,
             pool: Pool::new(config.max_pages),
+            leases: Leases::new(config.max_pages),
             pending: BTreeMap::new(),
             next_io: 0,
             unsent: VecDeque::new(),
@@ -198,6 +205,8 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
     /// Operations that were not answered wait for the next connection.
     pub fn close(&mut self) {
         let Some(link) = self.link.take() else { return };
+        self.unlease();
+        self.leases.end_grants(&mut self.granter);
         for page in link.shadows.into_iter().flat_map(|shadow| shadow.pages) {
             self.pool.put(page);
         }
@@ -221,6 +230,7 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
     /// Closes the queue and takes all unfinished operations out, in order of submission, with their tokens.
     pub fn take_unfinished(&mut self) -> Vec<(u64, Io)> {
         self.close();
+        self.unlease();
         self.unsent.clear();
         core::mem::take(&mut self.pending)
             .into_values()
@@ -285,15 +295,81 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
         self.link.as_mut().map(|link| &mut link.port)
     }
 
+    /// Lends pages for `len` bytes of data of one operation, which need not be copied then. `None`: no more are lent
+    /// now, or there are none; memory of the caller's own always does.
+    pub fn lease(&mut self, len: usize) -> Option<Lease> {
+        let count = len.div_ceil(PAGE_SIZE);
+        if count > self.leases.room() {
+            return None;
+        }
+        let mut pages = Vec::with_capacity(count);
+        while pages.len() < count {
+            match self.pool.take(&mut self.granter) {
+                Ok(page) => pages.push(page),
+                Err(_) => {
+                    pages.into_iter().for_each(|page| self.pool.put(page));
+                    return None;
+                }
+            }
+        }
+        Some(self.leases.lend(pages, len))
+    }
+
+    /// Takes a lease of this queue back.
+    pub fn give_back(&mut self, lease: Lease) {
+        if let Some(lent) = self.leases.take(&lease) {
+            self.take_back(lent);
+        }
+    }
+
+    fn take_back(&mut self, lent: Lent<G::Pages>) {
+        let persistent = !lent.stale && self.properties.is_some_and(|properties| properties.persistent);
+        for page in lent.pages {
+            put_back(&mut self.pool, &mut self.granter, persistent, page);
+        }
+    }
+
+    /// The memory of a lease of this queue from byte `from` on, page by page. Where grants persist the peer may be
+    /// writing it.
+    pub fn leased(&self, lease: &Lease, from: usize) -> impl Iterator<Item = SharedSliceMut<'_>> {
+        let lent = self.leases.get(lease).into_iter();
+        lent.flat_map(move |lent| lent.parts(from, lease.len))
+    }
+
+    /// Brings data that unfinished operations have in leased pages into memory of its own, where it outlasts the
+    /// connection. None of them may be on a ring any more.
+    fn unlease(&mut self) {
+        let mut ended = Vec::new();
+        for pending in self.pending.values_mut() {
+            if let Io::Read { data, .. } | Io::Write { data, .. } = &mut pending.io
+                && let Data::Leased(lease) = data
+                && let Some(lent) = self.leases.take(lease)
+            {
+                *data = Data::Own(lent.content(lease.len));
+                ended.push(lent);
+            }
+        }
+        for lent in ended {
+            lent.pages.into_iter().for_each(|page| self.pool.put(page));
+        }
+    }
+
     /// Accepts an operation under the caller's `token`. It is put on the ring if there is room, and waits
     /// here otherwise, also while there is no connection. Call [`FrontendQueue::kick`] after the last of
     /// several; [`FrontendQueue::poll`] does it too.
     ///
     /// # Errors
     /// [`Rejected`], which brings the operation back.
-    pub fn submit(&mut self, token: u64, io: Io) -> Result<(), Rejected> {
+    pub fn submit(&mut self, token: u64, mut io: Io) -> Result<(), Rejected> {
         if let Err(reason) = self.check(&io) {
             return Err(Rejected { io, reason });
+        }
+        if let Io::Read { data, .. } | Io::Write { data, .. } = &mut io
+            && let Data::Leased(lease) = data
+            && let Some(lent) = self.leases.take_stale(lease)
+        {
+            *data = Data::Own(lent.content(lease.len));
+            self.take_back(lent);
         }
         let units = units(&io);
         let id = self.next_io;
@@ -327,6 +403,11 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
             Io::Read { sector, data } | Io::Write { sector, data } => {
                 if data.is_empty() || data.len() % SECTOR_SIZE != 0 {
                     return Err(RejectReason::Length(data.len()));
+                }
+                if let Data::Leased(lease) = data
+                    && self.leases.get(lease).is_none()
+                {
+                    return Err(RejectReason::NotLent);
                 }
                 (*sector, (data.len() / SECTOR_SIZE) as u64)
             }
@@ -429,6 +510,9 @@ impl<G: Granter, N> Drop for FrontendQueue<G, N> {
                 .filter(|gref| !self.granter.end(*gref))
                 .collect();
             self.granter.retire(link.ring.into_pages(), still);
+        }
+        for lent in self.leases.take_all() {
+            lent.pages.into_iter().for_each(|page| self.pool.put(page));
         }
         self.pool.empty(&mut self.granter);
     }

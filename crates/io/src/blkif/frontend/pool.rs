@@ -18,6 +18,22 @@ pub(super) struct PoolPage<P> {
     pub(super) gref: Option<GrantRef>,
 }
 
+impl<P> PoolPage<P> {
+    /// Makes sure that it is granted.
+    pub(super) fn grant<G: Granter<Pages = P>>(
+        &mut self,
+        granter: &mut G,
+        access: Access,
+    ) -> Result<GrantRef, GrantError> {
+        let gref = match self.gref {
+            Some(gref) => gref,
+            None => granter.grant(&self.page, 0, access)?,
+        };
+        self.gref = Some(gref);
+        Ok(gref)
+    }
+}
+
 pub(super) struct Pool<P> {
     free: VecDeque<PoolPage<P>>,
     /// Pages that exist, in the pool or with requests.
@@ -45,32 +61,32 @@ impl<P> Pool<P> {
     }
 
     /// Takes a page and makes sure that it is granted; pages whose grant persists come first.
-    pub(super) fn take<G: Granter<Pages = P>>(
+    pub(super) fn take_granted<G: Granter<Pages = P>>(
         &mut self,
         granter: &mut G,
         access: Access,
     ) -> Result<(PoolPage<P>, GrantRef), GrantError> {
-        let mut taken = match self.free.pop_front() {
-            Some(page) => page,
+        let mut taken = self.take(granter)?;
+        match taken.grant(granter, access) {
+            Ok(gref) => Ok((taken, gref)),
+            Err(error) => {
+                self.put(taken);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a page, granted or not.
+    pub(super) fn take<G: Granter<Pages = P>>(&mut self, granter: &mut G) -> Result<PoolPage<P>, GrantError> {
+        match self.free.pop_front() {
+            Some(page) => Ok(page),
             None if self.pages < self.limit => {
                 let page = granter.alloc(1)?;
                 self.pages += 1;
-                PoolPage { page, gref: None }
+                Ok(PoolPage { page, gref: None })
             }
-            None => return Err(GrantError::NoPages),
-        };
-        let gref = match taken.gref {
-            Some(gref) => gref,
-            None => match granter.grant(&taken.page, 0, access) {
-                Ok(gref) => gref,
-                Err(error) => {
-                    self.free.push_front(taken);
-                    return Err(error);
-                }
-            },
-        };
-        taken.gref = Some(gref);
-        Ok((taken, gref))
+            None => Err(GrantError::NoPages),
+        }
     }
 
     /// Puts a page back: at the head if the peer still maps it, so that it is used first, else at the tail.

@@ -18,7 +18,7 @@ pub struct FrontendConfig {
     pub handle: u16,
     /// Most segments of an indirect request; the backend's own limit counts too. 11 or less: none are sent.
     pub max_indirect: u16,
-    /// Most pages that data is bounced through.
+    /// Most pages that data is bounced through; half of them may be leased.
     pub max_pages: usize,
 }
 
@@ -48,22 +48,102 @@ pub struct DeviceProperties {
     pub max_indirect: u16,
 }
 
+/// Where the data of an operation lies.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Data {
+    /// In the caller's memory: it is copied into pages that the peer can reach, or out of them.
+    Own(Vec<u8>),
+    /// In pages of the queue that the peer reaches as they are: nothing is copied.
+    Leased(Lease),
+}
+
+/// Pages of a queue that somebody has borrowed to put data there, or to find it there.
+///
+/// They come from [`FrontendQueue::lease`](super::FrontendQueue::lease) and go back by
+/// [`FrontendQueue::give_back`](super::FrontendQueue::give_back), unless an operation takes them along. Having
+/// one tells you: the pages are nobody else's in this domain. It does not tell you what is in them: what was
+/// there before, and where grants persist the peer may write them at any time.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Lease {
+    pub(super) number: u64,
+    pub(super) len: usize,
+}
+
+impl Lease {
+    /// Bytes that it was taken for.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it was taken for no data at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl Data {
+    /// Bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Data::Own(bytes) => bytes.len(),
+            Data::Leased(lease) => lease.len,
+        }
+    }
+
+    /// Whether there are no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The caller's own memory, if it is that.
+    #[must_use]
+    pub fn into_own(self) -> Option<Vec<u8>> {
+        match self {
+            Data::Own(bytes) => Some(bytes),
+            Data::Leased(_) => None,
+        }
+    }
+}
+
+impl Default for Data {
+    fn default() -> Data {
+        Data::Own(Vec::new())
+    }
+}
+
+impl From<Vec<u8>> for Data {
+    fn from(bytes: Vec<u8>) -> Data {
+        Data::Own(bytes)
+    }
+}
+
+impl PartialEq<Vec<u8>> for Data {
+    /// Whether it is the caller's memory with these bytes.
+    fn eq(&self, other: &Vec<u8>) -> bool {
+        matches!(self, Data::Own(bytes) if bytes == other)
+    }
+}
+
 /// An operation on the device. Sectors are of 512 bytes; all must be whole logical sectors of the disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub enum Io {
     /// Fills the whole buffer from `sector` on.
     Read {
         /// First sector.
         sector: u64,
         /// What to fill; its length is the length of the read.
-        data: Vec<u8>,
+        data: Data,
     },
     /// Writes the whole buffer from `sector` on.
     Write {
         /// First sector.
         sector: u64,
         /// What to write.
-        data: Vec<u8>,
+        data: Data,
     },
     /// Makes all writes durable that were completed before this was submitted.
     Flush,
@@ -78,8 +158,9 @@ pub enum Io {
     },
 }
 
-/// An operation that has ended, and the buffer it brought.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An operation that has ended, and the buffer it brought. Data that was leased is in memory of the caller's own if the
+/// connection was lost meanwhile.
+#[derive(Debug, PartialEq, Eq)]
 pub struct Completion {
     /// What [`FrontendQueue::submit`](super::FrontendQueue::submit) was given.
     pub token: u64,
@@ -104,7 +185,7 @@ pub enum IoError {
 }
 
 /// An operation that was not accepted; it comes back whole.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
 pub struct Rejected {
     /// The operation.
@@ -122,6 +203,9 @@ pub enum RejectReason {
     /// The buffer is empty or no whole sectors.
     #[error("a buffer of {0} bytes is not one or more whole sectors")]
     Length(usize),
+    /// The data is in pages that this queue has not lent.
+    #[error("the pages of the data are not lent by this queue")]
+    NotLent,
     /// Nothing is known of the device: no backend was ever connected.
     #[error("no backend was connected yet")]
     NeverConnected,
