@@ -134,8 +134,9 @@ pub(crate) trait BlockDevice: Send {
     /// Tells the disk that no more requests follow for now; whatever was submitted must be under way afterwards.
     fn kick(&mut self);
 
-    /// Adds what has been answered since the last call.
-    fn completions(&mut self, into: &mut Vec<Completion>);
+    /// Adds what has been answered since the last call. Whether the disk did anything since then, be it a part of what was
+    /// asked: if not, an event that came was for nothing.
+    fn completions(&mut self, into: &mut Vec<Completion>) -> bool;
 
     /// The event was readable: makes it unreadable until there is something new.
     fn hush(&mut self);

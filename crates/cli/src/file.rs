@@ -101,8 +101,10 @@ impl BlockDevice for FileDevice {
 
     fn kick(&mut self) {}
 
-    fn completions(&mut self, into: &mut Vec<Completion>) {
+    fn completions(&mut self, into: &mut Vec<Completion>) -> bool {
+        let any = !self.done.is_empty();
         into.append(&mut self.done);
+        any
     }
 
     fn hush(&mut self) {}

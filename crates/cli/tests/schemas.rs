@@ -87,3 +87,27 @@ fn explanations_are_what_the_schema_says() {
         schema::line(&gnttab(args));
     }
 }
+
+/// Two domains for every figure; that bytes arrive is for other tests.
+#[test]
+fn every_way_to_share_pages_is_measured() {
+    let measured = schema::line(&gnttab(&["bench", "grants", "--quick", "--json"]));
+    let cases = measured["cases"].as_array().unwrap();
+    for (way, maps, copies) in [
+        ("persistent", 0.5, 0.0),
+        ("copied", 0.0, 1.0),
+        ("mapped", 1.0, 0.0),
+    ] {
+        let of_way: Vec<_> = cases.iter().filter(|case| case["way"] == way).collect();
+        assert_eq!(of_way.len(), 12, "{way}");
+        let first = of_way[0];
+        assert_eq!(first["name"], "randread-4k-depth1");
+        let amount = |what: &str| first["cost"][what].as_f64().unwrap();
+        match way {
+            "persistent" => assert!(amount("maps_a_request") < maps, "{first}"),
+            // The ring's page is mapped in any case, and is not counted.
+            _ => assert!((amount("maps_a_request") - maps).abs() < 1e-9, "{first}"),
+        }
+        assert!((amount("copies_a_request") - copies).abs() < 1e-9, "{first}");
+    }
+}

@@ -440,8 +440,8 @@ mod tests {
             self.0.submit(request);
         }
         fn kick(&mut self) {}
-        fn completions(&mut self, into: &mut Vec<Completion>) {
-            self.0.completions(into);
+        fn completions(&mut self, into: &mut Vec<Completion>) -> bool {
+            let any = self.0.completions(into);
             for completion in into {
                 if let Data::Own(data) = &mut completion.data
                     && let Some(byte) = data.get_mut(77)
@@ -449,6 +449,7 @@ mod tests {
                     *byte ^= 1;
                 }
             }
+            any
         }
         fn hush(&mut self) {}
         fn event(&self) -> Option<std::os::fd::BorrowedFd<'_>> {

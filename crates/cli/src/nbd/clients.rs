@@ -324,8 +324,9 @@ impl BlockDevice for Noisy {
 
     fn kick(&mut self) {}
 
-    fn completions(&mut self, _: &mut Vec<Completion>) {
+    fn completions(&mut self, _: &mut Vec<Completion>) -> bool {
         self.looks.fetch_add(1, Ordering::SeqCst);
+        false
     }
 
     fn hush(&mut self) {}
@@ -390,4 +391,39 @@ fn a_client_that_is_cut_off_costs_nobody_else_anything() {
         std::thread::sleep(Duration::from_millis(10));
     }
     panic!("{} clients are still counted", clients());
+}
+
+/// Requests that came while too much was under way are served when that has gone, without another word of the client.
+#[test]
+fn what_was_asked_all_at_once_is_answered_to_the_last() {
+    use std::io::{Read as _, Write as _};
+    const ASKED: u64 = 512;
+    const LENGTH: u32 = 64 << 10;
+    let served = Served::new(1);
+    let mut client = std::os::unix::net::UnixStream::connect(served.path("a socket")).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    client.read_exact(&mut [0; 18]).unwrap();
+    client.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
+    client.read_exact(&mut [0; 10]).unwrap();
+    let mut requests = Vec::new();
+    for cookie in 0..ASKED {
+        requests.extend(b"\x25\x60\x95\x13\0\0\0\0");
+        requests.extend(cookie.to_be_bytes());
+        requests.extend((cookie % 256 * u64::from(LENGTH)).to_be_bytes());
+        requests.extend(LENGTH.to_be_bytes());
+    }
+    client.write_all(&requests).unwrap();
+    let content = served.content();
+    let mut answered = std::collections::HashSet::new();
+    let mut data = vec![0; LENGTH as usize];
+    for _ in 0..ASKED {
+        let mut head = [0; 16];
+        client.read_exact(&mut head).unwrap();
+        assert_eq!(head[..8], *b"\x67\x44\x66\x98\0\0\0\0");
+        let cookie = u64::from_be_bytes(head[8..].try_into().unwrap());
+        client.read_exact(&mut data).unwrap();
+        let at = usize::try_from(cookie % 256).unwrap() * data.len();
+        assert!(content[at..][..data.len()] == data, "request {cookie}");
+        assert!(answered.insert(cookie), "request {cookie} is answered twice");
+    }
 }

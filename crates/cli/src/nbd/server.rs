@@ -382,8 +382,8 @@ impl<D: BlockDevice> Worker<D> {
                 }
             }
             let handshake_end = self.hurry();
-            let completed = self.work();
-            self.judge_event(completed);
+            let moved = self.work();
+            self.judge_event(moved);
             self.bury();
             let next = deadline
                 .into_iter()
@@ -458,33 +458,34 @@ impl<D: BlockDevice> Worker<D> {
     }
 
     /// Listens less and less to a backend whose events have nothing behind them.
-    fn judge_event(&mut self, completed: bool) {
-        if std::mem::take(&mut self.woken) || completed {
-            let pause = u64::from(self.throttle.after(completed));
+    fn judge_event(&mut self, moved: bool) {
+        if std::mem::take(&mut self.woken) || moved {
+            let pause = u64::from(self.throttle.after(moved));
             self.deaf_until = (pause > 0).then(|| Instant::now() + Duration::from_millis(pause));
         } else if self.deaf_until.is_some_and(|end| end <= Instant::now()) {
             self.deaf_until = None;
         }
     }
 
-    /// Moves everything that can move: requests in, completions out, answers sent. Whether the device completed anything.
+    /// Moves everything that can move: requests in, completions out, answers sent. Whether the device did anything.
     fn work(&mut self) -> bool {
         let mut completions = Vec::new();
         let mut any = false;
         loop {
             let submitted = self.submit();
             self.device.kick();
-            self.device.completions(&mut completions);
-            let completed = !completions.is_empty();
-            any |= completed;
+            let moved = self.device.completions(&mut completions);
+            any |= moved;
             for completion in completions.drain(..) {
                 self.complete(completion);
             }
+            let mut sent = false;
             for client in &mut self.clients {
-                client.send(&self.device.pages());
+                sent |= client.send(&self.device.pages());
             }
             self.return_leases();
-            if !submitted && !completed {
+            // What was sent may have made room for requests that have come already.
+            if !submitted && !moved && !sent {
                 return any;
             }
         }
@@ -638,7 +639,9 @@ impl Client {
         false
     }
 
-    fn send(&mut self, pages: &impl Pages) {
+    /// Sends what the client takes; whether it took anything.
+    fn send(&mut self, pages: &impl Pages) -> bool {
+        let mut any = false;
         while self.connection.has_output() {
             let mut pieces = Pieces::default();
             for (data, from) in self.connection.output() {
@@ -655,12 +658,18 @@ impl Client {
                 }
             }
             match pieces.send(&self.stream) {
-                Ok(0) => return self.connection.hang_up(),
-                Ok(count) => self.connection.sent(count),
-                Err(error) if is_passing(&error) => return,
-                Err(_) => return self.connection.hang_up(),
+                Ok(count) if count > 0 => {
+                    self.connection.sent(count);
+                    any = true;
+                }
+                Err(error) if is_passing(&error) => break,
+                Ok(_) | Err(_) => {
+                    self.connection.hang_up();
+                    break;
+                }
             }
         }
+        any
     }
 }
 
