@@ -6,8 +6,8 @@ mod tests {
     use std::cell::RefCell;
 
     use gnttab_abi::{
-        Abi, AcquireResource, AddToPhysmap, DomId, Errno, MEMOP_ACQUIRE_RESOURCE, MEMOP_ADD_TO_PHYSMAP,
-        MapFlags,
+        Abi, AcquireResource, AddToPhysmap, AddToPhysmapBatch, DomId, Errno, Gfn, MEMOP_ACQUIRE_RESOURCE,
+        MEMOP_ADD_TO_PHYSMAP, MEMOP_ADD_TO_PHYSMAP_BATCH, MapFlags,
     };
     use gnttab_engine::machine::{C, G, P, Scene};
     use gnttab_engine::{Config, DomainKind, Fault, GuestMemory, MemoryOutcome, Reference, Vcpu};
@@ -210,6 +210,58 @@ mod tests {
             call.encode(Abi::X86_32, &mut page.0.borrow_mut()[..]).unwrap();
             let done = cpu.memory_op(&vcpu, Abi::X86_32, MEMOP_ADD_TO_PHYSMAP, AT, &page);
             assert_eq!(done, expected);
+        }
+    }
+
+    /// Spec 6.2, the batch: each element has its index, its place and its answer, and one that fails ends
+    /// nothing.
+    #[test]
+    fn each_element_of_a_batch_is_its_own() {
+        for (abi, kind) in [
+            (Abi::X86_64, DomainKind::Hvm),
+            (Abi::X86_32, DomainKind::Hvm),
+            (Abi::Arm, DomainKind::Arm),
+        ] {
+            let scene = Scene::pv().kind(C, kind).build();
+            let domain = scene.engine.domain(C).unwrap();
+            let vcpu = Vcpu::take(&domain, 0).unwrap();
+            let mut cpu = scene.engine.any_processor().unwrap();
+            let page = Page(RefCell::new([0xEE; 4096]));
+            let call = AddToPhysmapBatch {
+                domid: DomId::SELF,
+                space: 1,
+                size: 4,
+                idxs: AT + 256,
+                gpfns: AT + 512,
+                errs: AT + 768,
+                ..AddToPhysmapBatch::default()
+            };
+            call.encode(abi, &mut page.0.borrow_mut()[..]).unwrap();
+            let width = abi.word_size();
+            let places = [0x301, 0x300, 0x302, 0x303];
+            for (at, (idx, gfn)) in [2_u64, 0, 4000, 1].into_iter().zip(places).enumerate() {
+                let at = u64::try_from(at * width).unwrap();
+                page.write(AT + 256 + at, &idx.to_le_bytes()[..width]).unwrap();
+                page.write(AT + 512 + at, &u64::to_le_bytes(gfn)[..width])
+                    .unwrap();
+            }
+            let done = cpu.memory_op(&vcpu, abi, MEMOP_ADD_TO_PHYSMAP_BATCH, AT, &page);
+            assert_eq!(done, OKAY);
+            let mut answers = [0; 20];
+            page.read(AT + 768, &mut answers).unwrap();
+            let mut expected = [0; 20];
+            expected[8..12].copy_from_slice(&(-22_i32).to_le_bytes());
+            expected[16..].fill(0xEE);
+            assert_eq!(answers, expected, "{abi:?}");
+            let frame = |index| domain.shared_frame(index).unwrap().mfn();
+            for (index, gfn) in [(2, 0x301), (0, 0x300), (1, 0x303)] {
+                let there = domain
+                    .private()
+                    .physmap(Gfn(gfn))
+                    .and_then(gnttab_engine::machine::P2mEntry::own_ram);
+                assert_eq!(there, Some(frame(index)), "{abi:?}: frame {index}");
+            }
+            assert_eq!(domain.private().physmap(Gfn(0x302)), None);
         }
     }
 

@@ -233,7 +233,7 @@ fn door(cells: &mut Cells) {
         let mut world = world::World::new(&limits);
         for caller in world.running() {
             for op in Op::ALL {
-                for (opaque, count) in [(0, 1), (0, 2), (0, 1 << 31), (1 << 12, 1)] {
+                for (opaque, count) in [(0, 1), (0, 2), (0, u32::MAX >> 1), (0, 1 << 31), (1 << 12, 1)] {
                     world.door(caller, abi, op.number() | opaque, count);
                 }
             }

@@ -52,6 +52,17 @@ fn xsa_232_only_what_is_ones_own_or_in_use_is_flushed() {
     assert_eq!(item.status, GrantStatus::OKAY);
     assert_eq!(clean(frame), Err(Errno::Inval));
     assert_eq!(stage.machine.cache_flushes().len(), 2);
+    // What ends behind its page is another's too (spec 3.13 step 1).
+    for (offset, length) in [(1, 4096), (4095, 2), (4096, 0), (0, 4097)] {
+        let item = CacheFlush {
+            dev_bus_addr: own.address(),
+            offset,
+            length,
+            op: CacheOp::CLEAN,
+        };
+        let flushed = stage.processor().cache_flush(&stage.vcpu(C, 0), &[item]);
+        assert_eq!(flushed, Err((0, Errno::Inval)), "{length} bytes at {offset}");
+    }
     stage.finish();
 }
 
