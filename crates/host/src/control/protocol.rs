@@ -134,13 +134,26 @@ fn is_printable(line: &[u8]) -> bool {
     true
 }
 
+/// What an error repeats of a line, without the control characters in it.
+fn harmless(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for letter in text.chars() {
+        if letter.is_control() {
+            escaped.extend(letter.escape_default());
+        } else {
+            escaped.push(letter);
+        }
+    }
+    escaped
+}
+
 fn decode<'a, T: Deserialize<'a>>(line: &'a [u8], what: &str) -> Result<T, String> {
     // The version first: the content of another one may be anything.
     #[derive(Deserialize)]
     struct Version {
         version: u32,
     }
-    let not = |error: serde_json::Error| format!("not {what}: {error}");
+    let not = |error: serde_json::Error| format!("not {what}: {}", harmless(&error.to_string()));
     let Version { version } = serde_json::from_slice(line).map_err(not)?;
     if version != VERSION {
         return Err(format!(
@@ -165,6 +178,17 @@ mod tests {
         assert_eq!(decode_answer(&encode(&told)), Ok(told));
         let escaped = br#"{"version":1,"content":{"error":"a\u001bb"}}"#;
         assert!(decode_answer(escaped).unwrap_err().contains("control characters"));
+    }
+
+    #[test]
+    fn a_reason_can_be_told_whatever_the_line_was() {
+        for name in ["tabl\u{7f}e", "\\u001b[2J", "\u{9b}2J"] {
+            let line = format!("{{\"version\":1,\"content\":{{\"get\":\"{name}\"}}}}\n");
+            let why = decode_question(line.as_bytes()).unwrap_err();
+            assert!(why.contains("unknown variant"), "{why}");
+            let told = Answer::Error(why);
+            assert_eq!(decode_answer(&encode(&told)), Ok(told));
+        }
     }
 
     #[test]
