@@ -95,4 +95,14 @@ mod tests {
         piece.make(|| 9).unwrap();
         assert_eq!(piece.get(1), Some(&7), "a late maker's piece is thrown away");
     }
+
+    #[test]
+    fn each_index_below_the_number_has_its_own_element_and_those_above_wrap() {
+        let piece: Lazy<u64, 8> = Lazy::new();
+        let first: *const u64 = piece.get_or_make(0, || 0).unwrap();
+        for index in 0..24 {
+            let element = piece.get(index).unwrap();
+            assert!(ptr::eq(element, first.wrapping_add(index % 8)), "{index}");
+        }
+    }
 }

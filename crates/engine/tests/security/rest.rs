@@ -685,8 +685,12 @@ fn xsa_310_an_interrupted_batch_does_each_item_once() {
             item.encode(abi, &mut raw).unwrap();
             stage.poke(C, ARGS + 32 * n, &raw);
         }
-        let done = stage.hypercall(C, abi, call(Op::MapGrantRef, 70), || true);
-        assert_eq!(done, Ok(()));
+        let mut stops = 0;
+        let done = stage.hypercall(C, abi, call(Op::MapGrantRef, 70), || {
+            stops += 1;
+            true
+        });
+        assert_eq!((done, stops), (Ok(()), 69), "it stops between all items");
         assert_eq!(stage.pins(G, LOW), [0, 70, 0, 0]);
         let handles: Vec<GrantHandle> = (0..70_u64)
             .map(|n| {
@@ -716,7 +720,11 @@ fn xsa_310_an_interrupted_batch_does_each_item_once() {
             assert_eq!(stage.audit(), []);
             outcome = stage.hypercall_once(C, abi, next, &mut || true);
         }
-        assert_eq!(outcome, Outcome::Done(Ok(())));
+        assert_eq!(
+            (outcome, left),
+            (Outcome::Done(Ok(())), 6),
+            "it stops behind each group"
+        );
         assert_eq!(stage.pins(G, LOW), [0; 4]);
         stage.finish();
     }
