@@ -166,8 +166,9 @@ pub(crate) struct Disk {
 /// How frontend and backend talk.
 #[derive(Debug, Args)]
 pub(crate) struct Rings {
-    /// Rings between frontend and backend, each with a thread on both sides.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    /// Rings between frontend and backend, each with a thread on both sides. The connections of a client are spread over
+    /// them.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub(crate) queues: u8,
     /// Each ring is 2^N pages.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=4))]
