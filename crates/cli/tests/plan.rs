@@ -93,7 +93,7 @@ impl Drop for Machine {
     }
 }
 
-/// An NBD client that has written so much at once that every slot of its queue's ring is taken.
+/// An NBD client that has written more at once than anybody reads from it.
 fn fill(socket: &Path) -> UnixStream {
     let mut stream = UnixStream::connect(socket).unwrap();
     stream.read_exact(&mut [0; 18]).unwrap();
@@ -151,7 +151,11 @@ fn number(value: &Value) -> u64 {
     value.as_u64().unwrap()
 }
 
-/// Both clients, one for each queue, fill their rings while the backend stands still; then it goes on.
+/// Clients, in turn of one queue and of the other, of which each may have a part of a ring's requests under way:
+/// more than enough to fill both rings.
+const CLIENTS: usize = 10;
+
+/// The clients fill the rings while the backend stands still; then it goes on.
 fn holds(persistent: bool) {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
@@ -174,7 +178,7 @@ fn holds(persistent: bool) {
     settles(folder, "storage", "mappings", maps, 2 * 2);
 
     machine.signal("STOP");
-    let _clients = [fill(&folder.join("nbd.sock")), fill(&folder.join("nbd.sock"))];
+    let _clients: Vec<_> = (0..CLIENTS).map(|_| fill(&folder.join("nbd.sock"))).collect();
     let references = number(&app["references"]);
     settles(
         folder,
