@@ -401,9 +401,13 @@ fn the_tour_is_what_the_commands_say() {
     let mut differences = Vec::new();
     for (number, section) in sections.iter().enumerate() {
         let mut now = run(section, number, write);
-        // A machine that is busy with something else may be late once.
-        if !write && difference(section, &now).is_some() {
-            now = run(section, number, write);
+        // A machine that is busy with something else may be late, though not each time.
+        for _ in 0..3 {
+            if !write && difference(section, &now).is_some() {
+                now = run(section, number, write);
+            }
+        }
+        if !write {
             differences.extend(difference(section, &now));
         }
         written.push_str(&joined(&now));
