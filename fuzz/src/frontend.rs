@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use gnttab_abi::Abi;
 use gnttab_io::blkif::{
-    DeviceProperties, DiscardInfo, DiskInfo, FrontendConfig, FrontendQueue, Io, RawResponse, Request,
+    Data, DeviceProperties, DiscardInfo, DiskInfo, FrontendConfig, FrontendQueue, Io, RawResponse, Request,
 };
 use gnttab_io::fake::{Event, FakeDomain, FakeGranter, HostileBackend};
 
@@ -194,11 +194,11 @@ impl Game {
         let io = match input.below(8) {
             0..3 => Io::Read {
                 sector,
-                data: vec![0; length],
+                data: vec![0; length].into(),
             },
             3..6 => Io::Write {
                 sector,
-                data: vec![input.byte(); length],
+                data: vec![input.byte(); length].into(),
             },
             6 => Io::Flush,
             _ => Io::Discard {
@@ -209,7 +209,7 @@ impl Game {
         };
         let token = self.next;
         self.next += 1;
-        match self.queue.submit(token, io.clone()) {
+        match self.queue.submit(token, copy_of(&io)) {
             Ok(()) => {
                 self.out.insert(token, io);
             }
@@ -326,5 +326,36 @@ impl Game {
             (0, 0),
             "nothing stays granted, no page is lost"
         );
+    }
+}
+
+fn bytes(data: &Data) -> &[u8] {
+    match data {
+        Data::Own(bytes) => bytes,
+        Data::Leased(_) => panic!("nobody was lent pages"),
+    }
+}
+
+fn copy_of(io: &Io) -> Io {
+    let copy = |data| Data::Own(bytes(data).to_vec());
+    match *io {
+        Io::Read { sector, ref data } => Io::Read {
+            sector,
+            data: copy(data),
+        },
+        Io::Write { sector, ref data } => Io::Write {
+            sector,
+            data: copy(data),
+        },
+        Io::Flush => Io::Flush,
+        Io::Discard {
+            sector,
+            count,
+            secure,
+        } => Io::Discard {
+            sector,
+            count,
+            secure,
+        },
     }
 }

@@ -15,9 +15,10 @@ mod wire;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use self::connection::{Connection, Export};
-use crate::block::{Completion, DeviceError, Geometry, Operation, Request};
+use self::connection::{Connection, Export, Room};
+use crate::block::{Completion, DeviceError, Geometry, NoPages, Operation, Request};
 use crate::input::Input;
+use gnttab_io::blkif::Data;
 
 const SIZE: u64 = 64 << 10;
 
@@ -172,7 +173,7 @@ impl Game {
 
     fn send(&mut self, mut bytes: &[u8], piece: usize) {
         while !bytes.is_empty() {
-            let Some(room) = self.connection.input() else {
+            let Some(Room::Bytes(room)) = self.connection.input() else {
                 // A server would wait; what is left of the stream is lost here.
                 self.asked = None;
                 return;
@@ -182,7 +183,7 @@ impl Game {
             room[..count].copy_from_slice(&bytes[..count]);
             self.connection.received(count);
             bytes = &bytes[count..];
-            while let Some(request) = self.connection.next_request() {
+            while let Some(request) = self.connection.next_request(&mut NoPages) {
                 self.check(&request);
                 let tag = request.tag;
                 assert!(
@@ -230,8 +231,8 @@ impl Game {
         let at = request.offset as usize;
         let place = &mut self.disk[at..at + request.length as usize];
         match request.operation {
-            Operation::Read => request.data.copy_from_slice(place),
-            Operation::Write { .. } => place.copy_from_slice(&request.data),
+            Operation::Read => request.data = place.to_vec().into(),
+            Operation::Write { .. } => place.copy_from_slice(own(&request.data)),
             Operation::WriteZeroes { .. } => place.fill(0),
             Operation::Flush | Operation::Discard => {}
         }
@@ -251,14 +252,14 @@ impl Game {
     fn take_output(&mut self, most: usize) {
         let mut left = most;
         while left > 0 && self.connection.has_output() {
-            let slices = self.connection.output();
-            let first = slices.first().expect("there is output");
+            let (data, from) = self.connection.output().next().expect("there is output");
+            let first = &own(data)[from..];
             let count = first.len().min(left);
             self.sent.extend_from_slice(&first[..count]);
             self.connection.sent(count);
             left -= count;
         }
-        assert!(most < usize::MAX || self.connection.output().is_empty());
+        assert!(most < usize::MAX || self.connection.output().next().is_none());
     }
 
     fn end(mut self) {
@@ -266,7 +267,7 @@ impl Game {
             self.answer(&mut Input::new(&[]));
         }
         // What waited for room may be taken now.
-        while let Some(request) = self.connection.next_request() {
+        while let Some(request) = self.connection.next_request(&mut NoPages) {
             self.check(&request);
             self.under_way.insert(request.tag, request);
             while !self.under_way.is_empty() {
@@ -288,5 +289,12 @@ impl Game {
         }
         assert!(stream.is_empty());
         assert!(left.is_empty(), "every request is answered: {left:?} are not");
+    }
+}
+
+fn own(data: &Data) -> &[u8] {
+    match data {
+        Data::Own(bytes) => bytes,
+        Data::Leased(_) => panic!("nobody lends pages here"),
     }
 }
