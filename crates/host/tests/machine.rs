@@ -457,9 +457,15 @@ fn nothing_is_leaked_when_domains_are_killed_at_any_instant() -> Result<(), Fail
         } else {
             (grantee, granter)
         };
-        machine.monitor.destroy(first)?;
+        let first = machine.monitor.destroy(first)?;
         std::thread::sleep(Duration::from_micros(round * 104_729 % 3_000));
-        machine.monitor.destroy(second)?;
+        let second = machine.monitor.destroy(second)?;
+        let crashed = [first.crashed, second.crashed];
+        assert_eq!(
+            crashed,
+            [None, None],
+            "round {round}: to die while pages are sent is not to misbehave"
+        );
         let now = machine.monitor.counters();
         let baseline = baseline.get_or_insert(now);
         assert_eq!(

@@ -17,7 +17,7 @@ use super::news::News;
 use super::ports::Ports;
 use super::tables::{TablePage, Tables};
 use crate::protocol::{Consumer, Notice, NoticeKind, PendingEnd, Report};
-use crate::sys::{Access, Channel, EventPort, MAX_DESCRIPTORS};
+use crate::sys::{Access, Channel, ChannelError, EventPort, MAX_DESCRIPTORS};
 
 /// The memory numbers that stand for table pages in a machine frame number: above all others.
 const TABLE_BIT: u64 = 1 << 38;
@@ -75,6 +75,16 @@ impl Guest {
             .map_err(|_| Errno::Again)
     }
 
+    /// It must not run on without what could not be sent to it: it is crashed.
+    ///
+    /// One whose end of the channel is closed is most likely dead already. The undertaker sees to it
+    /// in either case, and its end is to be told as its own, not as a fault of it.
+    pub(crate) fn refused(&self, error: ChannelError, why: &'static str) {
+        if error != ChannelError::Closed {
+            self.crash(why);
+        }
+    }
+
     /// Lays a page out to be sent with others of the same call.
     fn post(&self, notice: Notice, handout: Handout) {
         self.outbox().push((notice, handout));
@@ -89,8 +99,8 @@ impl Guest {
         for parcels in outbox.chunks(MAX_DESCRIPTORS) {
             let notices: Vec<u8> = parcels.iter().flat_map(|(notice, _)| notice.encode()).collect();
             let pages: Vec<_> = parcels.iter().map(|(_, page)| page.as_fd()).collect();
-            if self.channel.send(&notices, &pages).is_err() {
-                self.crash("did not take the pages that it had mapped");
+            if let Err(error) = self.channel.send(&notices, &pages) {
+                self.refused(error, "did not take the pages that it had mapped");
                 break;
             }
         }

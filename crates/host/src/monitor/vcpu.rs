@@ -279,8 +279,10 @@ fn share(guest: &Guest, first: u64, count: u64) -> Result<u64, Errno> {
             kind: NoticeKind::Page,
             key: at,
         };
-        if !borrowed.is_empty() && guest.send(notice, &borrowed).is_err() {
-            guest.crash("did not take the pages that it had made shareable");
+        if !borrowed.is_empty()
+            && let Err(error) = guest.channel.send(&notice.encode(), &borrowed)
+        {
+            guest.refused(error, "did not take the pages that it had made shareable");
             return Err(Errno::Again);
         }
         shared?;
