@@ -326,28 +326,8 @@ impl SharedSlice<'_> {
     /// If the lengths differ.
     pub fn copy_to(&self, into: &mut [u8]) {
         assert_eq!(into.len(), self.len, "copy between slices of different length");
-        if self.len >= LONG {
-            // SAFETY: `self.len` bytes are readable here and, by the assertion, writable there; private memory and a
-            // shared region do not overlap (rule 2 of `from_raw`).
-            return unsafe { copy_long(self.base, into.as_mut_ptr(), self.len) };
-        }
-        let head = bytes_to_alignment(self.base, self.len);
-        let (first, rest) = into.split_at_mut(head);
-        let mut words = rest.chunks_exact_mut(WORD);
-        let mut from = self.base.cast_const();
-        for byte in first {
-            from = load_byte(from, byte);
-        }
-        for word in &mut words {
-            // SAFETY: the region has WORD readable bytes left at `from`, which is aligned after the head.
-            let value = unsafe { from.cast::<u64>().read_volatile() };
-            word.copy_from_slice(&value.to_ne_bytes());
-            // SAFETY: at most one past the last byte of the region.
-            from = unsafe { from.add(WORD) };
-        }
-        for byte in words.into_remainder() {
-            from = load_byte(from, byte);
-        }
+        // SAFETY: `self.len` bytes are readable here, and private memory is no part of a shared region.
+        unsafe { load_bytes(self.base, into) };
     }
 }
 
@@ -368,30 +348,8 @@ impl SharedSliceMut<'_> {
     /// If the lengths differ.
     pub fn copy_from(&self, from: &[u8]) {
         assert_eq!(from.len(), self.len, "copy between slices of different length");
-        if self.len >= LONG {
-            // SAFETY: `self.len` bytes are writable here and, by the assertion, readable there; private memory and a
-            // shared region do not overlap (rule 2 of `from_raw`).
-            return unsafe { copy_long(from.as_ptr(), self.base, self.len) };
-        }
-        let head = bytes_to_alignment(self.base, self.len);
-        let (first, rest) = from.split_at(head);
-        let words = rest.chunks_exact(WORD);
-        let last = words.remainder();
-        let mut to = self.base;
-        for byte in first {
-            to = store_byte(to, *byte);
-        }
-        for word in words {
-            let mut value = [0; WORD];
-            value.copy_from_slice(word);
-            // SAFETY: the region has WORD writable bytes left at `to`, which is aligned after the head.
-            unsafe { to.cast::<u64>().write_volatile(u64::from_ne_bytes(value)) };
-            // SAFETY: at most one past the last byte of the region.
-            to = unsafe { to.add(WORD) };
-        }
-        for byte in last {
-            to = store_byte(to, *byte);
-        }
+        // SAFETY: `self.len` bytes are writable here, and private memory is no part of a shared region.
+        unsafe { store_bytes(from, self.base) };
     }
 }
 
@@ -407,7 +365,7 @@ const LONG: usize = usize::MAX;
 /// Copies by one instruction that the compiler can neither drop nor repeat, and that loads each byte once.
 ///
 /// # Safety
-/// `len` bytes from `from` are readable and as many from `to` writable; they do not overlap.
+/// `len` bytes from `from` are readable and as many from `to` writable.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 unsafe fn copy_long(from: *const u8, to: *mut u8, len: usize) {
     // SAFETY: it touches the two ranges of the contract and nothing else; the direction flag is clear.
@@ -425,6 +383,85 @@ unsafe fn copy_long(from: *const u8, to: *mut u8, len: usize) {
 /// No length is long here.
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
 unsafe fn copy_long(_from: *const u8, _to: *mut u8, _len: usize) {}
+
+/// Copies bytes that others may write meanwhile, each loaded once: for owners of such memory that have it
+/// under no type of this module.
+///
+/// # Safety
+/// `into.len()` bytes from `from` are readable, and `into` is no part of them.
+pub unsafe fn load_bytes(from: *const u8, into: &mut [u8]) {
+    if into.len() >= LONG {
+        // SAFETY: the contract's; `into` is private memory of that length.
+        return unsafe { copy_long(from, into.as_mut_ptr(), into.len()) };
+    }
+    let head = bytes_to_alignment(from, into.len());
+    let (first, rest) = into.split_at_mut(head);
+    let mut words = rest.chunks_exact_mut(WORD);
+    let mut from = from;
+    for byte in first {
+        from = load_byte(from, byte);
+    }
+    for word in &mut words {
+        // SAFETY: WORD readable bytes are left at `from`, which is aligned after the head.
+        let value = unsafe { from.cast::<u64>().read_volatile() };
+        word.copy_from_slice(&value.to_ne_bytes());
+        // SAFETY: at most one past the last byte.
+        from = unsafe { from.add(WORD) };
+    }
+    for byte in words.into_remainder() {
+        from = load_byte(from, byte);
+    }
+}
+
+/// Copies bytes to where others may read and write them meanwhile; otherwise as [`load_bytes`].
+///
+/// # Safety
+/// `from.len()` bytes from `to` are writable, and `from` is no part of them.
+pub unsafe fn store_bytes(from: &[u8], to: *mut u8) {
+    if from.len() >= LONG {
+        // SAFETY: the contract's; `from` is private memory of that length.
+        return unsafe { copy_long(from.as_ptr(), to, from.len()) };
+    }
+    let head = bytes_to_alignment(to, from.len());
+    let (first, rest) = from.split_at(head);
+    let words = rest.chunks_exact(WORD);
+    let last = words.remainder();
+    let mut to = to;
+    for byte in first {
+        to = store_byte(to, *byte);
+    }
+    for word in words {
+        let mut value = [0; WORD];
+        value.copy_from_slice(word);
+        // SAFETY: WORD writable bytes are left at `to`, which is aligned after the head.
+        unsafe { to.cast::<u64>().write_volatile(u64::from_ne_bytes(value)) };
+        // SAFETY: at most one past the last byte.
+        to = unsafe { to.add(WORD) };
+    }
+    for byte in last {
+        to = store_byte(to, *byte);
+    }
+}
+
+/// Copies from shared memory to shared memory; otherwise as [`load_bytes`]. Bytes of ranges that overlap are
+/// loaded before or after they are stored.
+///
+/// # Safety
+/// `len` bytes from `from` are readable, and as many from `to` writable.
+pub unsafe fn move_bytes(from: *const u8, to: *mut u8, len: usize) {
+    if len >= LONG {
+        // SAFETY: the contract's.
+        return unsafe { copy_long(from, to, len) };
+    }
+    let mut buffer = [0; 256];
+    for index in (0..len).step_by(buffer.len()) {
+        let chunk = &mut buffer[..(len - index).min(256)];
+        // SAFETY: index + the chunk's length <= len, which both ranges span.
+        unsafe { load_bytes(from.wrapping_add(index), chunk) };
+        // SAFETY: as above.
+        unsafe { store_bytes(chunk, to.wrapping_add(index)) };
+    }
+}
 
 /// How many of `len` bytes lie before the first aligned word.
 fn bytes_to_alignment(base: *const u8, len: usize) -> usize {

@@ -4,9 +4,9 @@
 //! 1. The range is reserved at creation (`PROT_NONE`) and given back at drop, whole. Placing and
 //!    clearing replace pages inside it with `MAP_FIXED`; they never leave a gap that an unrelated
 //!    mapping could fill.
-//! 2. Nothing in the range is ever seen through a reference to plain data. Copies are made with
-//!    relaxed atomics, words are atomics: another process writes here whenever it likes, and what
-//!    it writes can only be a wrong value.
+//! 2. Nothing in the range is ever seen through a reference to plain data. Copies load and store each
+//!    byte once (`gnttab_io::shared`), words are atomics: another process writes here whenever it likes,
+//!    and what it writes can only be a wrong value.
 //! 3. An access outside the range, or to a page that holds nothing or is read-only, is an error.
 //!    A page that is cleared *while* it is read faults (the process dies); whoever clears must have
 //!    stopped the readers, as with any unmap.
@@ -19,6 +19,7 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use gnttab_abi::PAGE_SIZE;
+use gnttab_io::shared;
 use rustix::io::Errno;
 use rustix::mm::{self, MapFlags, ProtFlags};
 
@@ -213,7 +214,8 @@ impl Window {
     /// [`WindowError::Outside`] or [`WindowError::Refused`]; nothing was copied then.
     pub fn read(&self, at: usize, into: &mut [u8]) -> Result<(), WindowError> {
         let from = self.bytes(at, into.len(), Access::Read)?;
-        copy_from_shared(from, into);
+        // SAFETY: the range was checked, just now; `into` is private memory.
+        unsafe { shared::load_bytes(from, into) };
         Ok(())
     }
 
@@ -223,7 +225,8 @@ impl Window {
     /// [`WindowError::Outside`] or [`WindowError::Refused`]; nothing was written then.
     pub fn write(&self, at: usize, from: &[u8]) -> Result<(), WindowError> {
         let to = self.bytes(at, from.len(), Access::Write)?;
-        copy_to_shared(from, to);
+        // SAFETY: the range was checked, just now; `from` is private memory.
+        unsafe { shared::store_bytes(from, to) };
         Ok(())
     }
 
@@ -235,18 +238,8 @@ impl Window {
     pub fn copy_to(&self, at: usize, other: &Window, other_at: usize, len: usize) -> Result<(), WindowError> {
         let from = self.bytes(at, len, Access::Read)?;
         let to = other.bytes(other_at, len, Access::Write)?;
-        if len >= LONG {
-            // SAFETY: both ranges were checked, just now.
-            unsafe { copy_long(from, to, len) };
-            return Ok(());
-        }
-        let mut buffer = [0; 512];
-        for index in (0..len).step_by(512) {
-            let chunk = (len - index).min(512);
-            // index + chunk <= len, which both ranges span.
-            copy_from_shared(from.wrapping_add(index), &mut buffer[..chunk]);
-            copy_to_shared(&buffer[..chunk], to.wrapping_add(index));
-        }
+        // SAFETY: both ranges were checked, just now.
+        unsafe { shared::move_bytes(from, to, len) };
         Ok(())
     }
 
@@ -416,90 +409,6 @@ impl Drop for Window {
 
 pub(super) fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
-}
-
-/// Bytes before `address` is a multiple of a word's size, at most `len`.
-fn until_aligned(address: *const u8, len: usize) -> usize {
-    address.align_offset(size_of::<u64>()).min(len)
-}
-
-/// Bytes from which on the processor's own copy is faster than a loop of words.
-#[cfg(all(target_arch = "x86_64", not(miri)))]
-const LONG: usize = 256;
-#[cfg(not(all(target_arch = "x86_64", not(miri))))]
-const LONG: usize = usize::MAX;
-
-/// Copies by one instruction that the compiler can neither drop nor repeat, and that reads and writes each byte once.
-///
-/// # Safety
-/// `len` bytes from `from` are readable and as many from `to` writable.
-#[cfg(all(target_arch = "x86_64", not(miri)))]
-unsafe fn copy_long(from: *const u8, to: *mut u8, len: usize) {
-    // SAFETY: it touches the two ranges of the contract and nothing else; the direction flag is clear.
-    unsafe {
-        std::arch::asm!(
-            "rep movsb",
-            inout("rcx") len => _,
-            inout("rsi") from => _,
-            inout("rdi") to => _,
-            options(nostack, preserves_flags),
-        );
-    }
-}
-
-/// No length is long here.
-#[cfg(not(all(target_arch = "x86_64", not(miri))))]
-unsafe fn copy_long(_from: *const u8, _to: *mut u8, _len: usize) {}
-
-/// Copies from memory that others may write. The caller has checked `into.len()` bytes from `from`.
-fn copy_from_shared(from: *const u8, into: &mut [u8]) {
-    if into.len() >= LONG {
-        // SAFETY: as the caller has checked; `into` is private memory of that length.
-        return unsafe { copy_long(from, into.as_mut_ptr(), into.len()) };
-    }
-    let (head, rest) = into.split_at_mut(until_aligned(from, into.len()));
-    let (words, tail) = rest.as_chunks_mut::<8>();
-    let mut at = from;
-    let bytes = |at: &mut *const u8, bytes: &mut [u8]| {
-        for byte in bytes {
-            // SAFETY: inside the range that the caller checked; a byte is always aligned.
-            *byte = unsafe { AtomicU8::from_ptr(at.cast_mut()) }.load(Ordering::Relaxed);
-            *at = at.wrapping_add(1);
-        }
-    };
-    bytes(&mut at, head);
-    for word in words {
-        // SAFETY: inside the range that the caller checked; `head` brought `at` to a multiple of eight.
-        let value = unsafe { AtomicU64::from_ptr(at.cast_mut().cast()) }.load(Ordering::Relaxed);
-        *word = value.to_ne_bytes();
-        at = at.wrapping_add(8);
-    }
-    bytes(&mut at, tail);
-}
-
-/// Copies to memory that others may read. The caller has checked `from.len()` bytes from `to`.
-fn copy_to_shared(from: &[u8], to: *mut u8) {
-    if from.len() >= LONG {
-        // SAFETY: as the caller has checked; `from` is private memory of that length.
-        return unsafe { copy_long(from.as_ptr(), to, from.len()) };
-    }
-    let (head, rest) = from.split_at(until_aligned(to, from.len()));
-    let (words, tail) = rest.as_chunks::<8>();
-    let mut at = to;
-    let bytes = |at: &mut *mut u8, bytes: &[u8]| {
-        for byte in bytes {
-            // SAFETY: inside the range that the caller checked; a byte is always aligned.
-            unsafe { AtomicU8::from_ptr(*at) }.store(*byte, Ordering::Relaxed);
-            *at = at.wrapping_add(1);
-        }
-    };
-    bytes(&mut at, head);
-    for word in words {
-        // SAFETY: inside the range that the caller checked; `head` brought `at` to a multiple of eight.
-        unsafe { AtomicU64::from_ptr(at.cast()) }.store(u64::from_ne_bytes(*word), Ordering::Relaxed);
-        at = at.wrapping_add(8);
-    }
-    bytes(&mut at, tail);
 }
 
 #[cfg(test)]
