@@ -163,7 +163,7 @@ impl<T: Foresee> Ahead<T> {
             *place = T::uses(raw, vcpu.domain.id());
             let Some(uses) = place else { return };
             if let Some(granter) = visit.inside(uses.granter) {
-                granter.table.view().expect(uses.gref);
+                granter.view.expect(uses.gref);
             }
             T::expect_own(&engine.hv, vcpu.domain.private(), uses);
         }
@@ -175,7 +175,7 @@ impl<T: Foresee> Ahead<T> {
         let engine = visit.engine;
         for uses in self.uses.iter().map_while(Option::as_ref) {
             if let Some(granter) = visit.inside(uses.granter)
-                && let Some(shared) = granter.table.view().shared(uses.gref)
+                && let Some(shared) = granter.view.shared(uses.gref)
             {
                 let gfn = Gfn(shared.load_frame());
                 engine.hv.expect_frame(granter.private(), gfn, uses.bytes);

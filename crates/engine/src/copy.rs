@@ -341,7 +341,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         let engine = self.engine;
         let hv = &engine.hv;
         let domain = self.enter(granter).ok_or(GrantStatus::BAD_DOMAIN)?;
-        let view = domain.table.view();
+        let view = &domain.view;
         // 1
         let entry = view.entry_to_use(gref)?;
         let wanted = pins_of(access);
@@ -495,7 +495,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             }
             return Err(GrantStatus::BAD_DOMAIN.into());
         };
-        let entry = domain.table.view().entry_to_use(gref);
+        let entry = domain.view.entry_to_use(gref);
         let pinned = match (&entry, &inner) {
             (Err(status), _) => Err((*status).into()),
             (Ok(entry), Err(status)) => {
@@ -524,7 +524,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         let Some(domain) = self.enter(granter) else {
             return put();
         };
-        let Some(entry) = domain.table.view().entry(gref) else {
+        let Some(entry) = domain.view.entry(gref) else {
             return put();
         };
         // A pin of the caller's own is left: what the state says besides the pins is fixed.

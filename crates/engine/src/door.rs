@@ -443,7 +443,7 @@ where
 
     /// A caller's copies whose arguments are wide.
     fn copy(&mut self) -> Result<(), Stop> {
-        let size = Copy::size(Abi::X86_64);
+        const SIZE: usize = Copy::size(Abi::X86_64);
         let (args, vcpu, yield_now) = (self.args, self.vcpu, &mut *self.yield_now);
         let mut visit = self.cpu.visit();
         let mut run = Run::new();
@@ -452,13 +452,13 @@ where
             for index in 0..self.call.count {
                 yield_before(index, yield_now)?;
                 ahead.step(&mut visit, vcpu, index, self.call.count, |first, into| {
-                    args.peek(first, size, into)
+                    args.peek(first, SIZE, into)
                 });
                 let mut raw = [0; LARGEST];
-                args.read(index, size, &mut raw)?;
+                args.read(index, SIZE, &mut raw)?;
                 let item = decoded(Copy::decode(Abi::X86_64, &raw))?;
                 let status = visit.copy_item(vcpu, &mut run, &item);
-                args.write_status(index, size, 36, status)?;
+                args.write_status(index, SIZE, 36, status)?;
             }
             Ok(())
         };

@@ -33,9 +33,10 @@ impl<T, const N: usize> Lazy<T, N> {
         if base.is_null() {
             return None;
         }
-        // SAFETY: `base` points to `N` elements that live as long as `self`; the masked index is
-        // below `N`.
-        Some(unsafe { &*base.wrapping_add(index & (N - 1)) })
+        // SAFETY: `base` points to `N` elements, and the masked index is below `N`.
+        let element = unsafe { base.add(index & (N - 1)) };
+        // SAFETY: the elements live as long as `self`.
+        Some(unsafe { &*element })
     }
 
     /// The element; the piece is made if it is not there. Of several makers one wins.

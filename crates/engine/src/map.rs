@@ -17,7 +17,7 @@ use crate::hypervisor::{
 };
 use crate::iommu;
 use crate::maptrack::Record;
-use crate::registry::Visit;
+use crate::registry::{Room, Visit};
 use crate::table::Entry;
 
 /// The access that flags ask for.
@@ -123,19 +123,12 @@ impl<H: Hypervisor> Visit<'_, H> {
         }
         // 5
         hv.hook(Hook::HandlePeek);
-        let Some(handle) = caller.maptrack.allocate(vcpu.number) else {
+        let Some(free) = caller.maptrack.allocate(vcpu.number) else {
             return self.map_with_gathered(vcpu, item, now, gathered);
         };
-        let done = Mapping {
-            hv,
-            caller,
-            granter,
-            item,
-            pins,
-        }
-        .make();
+        let done = Mapping::new(hv, caller, granter, item, pins).make();
         if done.is_err() {
-            caller.maptrack.release(vcpu.number, handle);
+            caller.maptrack.release(vcpu.number, free);
         }
         let mfn = done?;
         // 17
@@ -145,8 +138,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             granter: granter.id(),
             flags: item.flags,
         };
-        caller.maptrack.publish(handle, record, now);
-        Ok((handle, mfn))
+        Ok((free.publish(record, now), mfn))
     }
 
     /// Step 5 once more, with what other vCPUs keep to themselves.
@@ -169,25 +161,54 @@ impl<H: Hypervisor> Visit<'_, H> {
 }
 
 /// One item on its way through steps 6 to 16.
-struct Mapping<'a, H: Hypervisor> {
+struct Mapping<'a, 'r, H: Hypervisor> {
     hv: &'a H,
     caller: &'a Domain<H>,
-    granter: &'a Domain<H>,
+    granter: &'a Room<'r, H>,
     item: &'a MapGrantRef,
     pins: Pins,
+    access: Access,
+    /// Whether the host mapping takes the writable type of the granter's page.
+    host_type: bool,
+    /// Whether any mapping does.
+    any_type: bool,
 }
 
-impl<H: Hypervisor> Mapping<'_, H> {
+impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
+    #[inline(always)]
+    fn new(
+        hv: &'a H,
+        caller: &'a Domain<H>,
+        granter: &'a Room<'r, H>,
+        item: &'a MapGrantRef,
+        pins: Pins,
+    ) -> Self {
+        let access = access_of(item.flags);
+        let itself = granter.id() == caller.id();
+        let host_type = item.flags.contains(MapFlags::HOST_MAP)
+            && takes_type(access, caller.kind(), granter.kind(), itself);
+        let device_type = item.flags.contains(MapFlags::DEVICE_MAP) && access == Access::Write;
+        Mapping {
+            hv,
+            caller,
+            granter,
+            item,
+            pins,
+            access,
+            host_type,
+            any_type: host_type || device_type,
+        }
+    }
+
     #[inline(always)]
     fn make(&self) -> Result<Mfn, GrantStatus> {
-        let view = self.granter.table.view();
         // 6
-        let entry = view.entry_to_use(self.item.gref)?;
+        let entry = self.granter.view.entry_to_use(self.item.gref)?;
         // 7 to 10; a type that will be needed comes with the look-up
-        let access = access_of(self.item.flags);
+        let access = self.access;
         let typed = Cell::new(None);
         let resolve = |gfn| {
-            if !self.needs_type() {
+            if !self.any_type {
                 return self.hv.resolve(self.granter.private(), gfn, access);
             }
             let (resolved, had) = self.hv.resolve_writable(self.granter.private(), gfn)?;
@@ -199,7 +220,7 @@ impl<H: Hypervisor> Mapping<'_, H> {
         // 12: one reference, which a first use has from its look-up
         let owner = match resolved {
             Some(resolved) => Some(resolved.owner),
-            None if self.needs_type() => self.hv.get_writable_frame(mfn).map(|(owner, had)| {
+            None if self.any_type => self.hv.get_writable_frame(mfn).map(|(owner, had)| {
                 typed.set(Some(had));
                 owner
             }),
@@ -220,21 +241,6 @@ impl<H: Hypervisor> Mapping<'_, H> {
         done.map(|()| mfn).map_err(|Failed| GrantStatus::GENERAL_ERROR)
     }
 
-    /// Whether the host mapping takes the writable type of the granter's page.
-    #[inline]
-    fn host_needs_type(&self) -> bool {
-        let itself = self.granter.id() == self.caller.id();
-        let access = access_of(self.item.flags);
-        self.item.flags.contains(MapFlags::HOST_MAP)
-            && takes_type(access, self.caller.kind(), self.granter.kind(), itself)
-    }
-
-    #[inline]
-    fn needs_type(&self) -> bool {
-        let device = self.item.flags.contains(MapFlags::DEVICE_MAP);
-        self.host_needs_type() || device && access_of(self.item.flags) == Access::Write
-    }
-
     /// Steps 13 to 16: references, types and mappings.
     #[inline(always)]
     fn install(
@@ -251,7 +257,7 @@ impl<H: Hypervisor> Mapping<'_, H> {
             item,
             ..
         } = self;
-        let access = access_of(item.flags);
+        let access = self.access;
         let host = item.flags.contains(MapFlags::HOST_MAP);
         let device = item.flags.contains(MapFlags::DEVICE_MAP);
         let itself = granter.id() == caller.id();
@@ -280,7 +286,7 @@ impl<H: Hypervisor> Mapping<'_, H> {
                     taken.frames += 1;
                 }
                 if host {
-                    if self.host_needs_type() {
+                    if self.host_type {
                         self.take_type(mfn, taken)?;
                     }
                     self.map_host(mfn, EntryFlags::empty(), taken)?;
@@ -338,7 +344,7 @@ impl<H: Hypervisor> Mapping<'_, H> {
             let _ = self.hv.unmap_host(self.caller.private(), &unmapping);
             self.hv.flush(self.caller.private());
         }
-        unpin(entry, self.pins, access_of(self.item.flags));
+        unpin(entry, self.pins, self.access);
         (0..taken.types).for_each(|_| self.hv.put_writable(mfn));
         (0..taken.frames).for_each(|_| self.hv.put_frame(mfn));
     }

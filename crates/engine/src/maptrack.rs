@@ -83,6 +83,30 @@ struct Slot<'a> {
     other: &'a AtomicU32,
 }
 
+/// A handle that is on no list, and whose record is free (rule 1).
+#[derive(Clone, Copy)]
+pub(crate) struct Free<'a> {
+    pub(crate) handle: GrantHandle,
+    slot: Slot<'a>,
+}
+
+impl Free<'_> {
+    /// Fills the record; from here on the handle is live (HND-6: one store).
+    #[inline]
+    pub(crate) fn publish(self, record: Record, now: u64) -> GrantHandle {
+        self.slot.other.store(birth(now), Ordering::Relaxed);
+        self.slot.word.store(record.word(), Ordering::Release);
+        self.handle
+    }
+
+    /// Puts it on a list that begins with `top`; what it begins with then.
+    #[inline]
+    fn push(self, top: u32) -> u32 {
+        self.slot.other.store(top, Ordering::Relaxed);
+        self.handle.0 + 1
+    }
+}
+
 /// A moment of the hypervisor's clock as a record keeps it: half a word, in units of 2^24 ns, which comes
 /// round after 2^56 ns, 2.3 years.
 const BIRTH_SHIFT: u32 = 24;
@@ -163,32 +187,32 @@ impl Maptrack {
     /// Takes a free handle for `vcpu`, whose holder calls this from inside a table. `None`: there is
     /// none but what other vCPUs may keep to themselves (see [`Maptrack::gather`]).
     #[inline]
-    pub(crate) fn allocate(&self, vcpu: usize) -> Option<GrantHandle> {
+    pub(crate) fn allocate(&self, vcpu: usize) -> Option<Free<'_>> {
         let own = self.own(vcpu);
         if let Some(own) = own
-            && let Some((handle, next)) = self.first(own.top.load(Ordering::Relaxed))
+            && let Some((free, next)) = self.first(own.top.load(Ordering::Relaxed))
         {
             own.top.store(next, Ordering::Relaxed);
             let length = own.length.load(Ordering::Relaxed);
             own.length.store(length.wrapping_sub(1), Ordering::Relaxed);
-            return Some(handle);
+            return Some(free);
         }
         self.allocate_common(own)
     }
 
     #[cold]
-    fn allocate_common(&self, own: Option<&Own>) -> Option<GrantHandle> {
+    fn allocate_common(&self, own: Option<&Own>) -> Option<Free<'_>> {
         let mut common = self.common.lock();
-        if let Some((handle, next)) = self.first(common.0) {
+        if let Some((free, next)) = self.first(common.0) {
             common.0 = next;
-            return Some(handle);
+            return Some(free);
         }
         self.grow(&mut common, own)
     }
 
     /// Adds a page of records and hands its first out; the rest go to `own`, or to the common list.
     /// The very last record of the limit stays out, as the reference never hands its last one out.
-    fn grow(&self, common: &mut Common, own: Option<&Own>) -> Option<GrantHandle> {
+    fn grow(&self, common: &mut Common, own: Option<&Own>) -> Option<Free<'_>> {
         let old = self.limit.load(Ordering::Relaxed);
         if old / RECORDS_PER_PAGE >= self.max_pages {
             return None;
@@ -204,28 +228,33 @@ impl Maptrack {
             new
         };
         for handle in (old + 1..last).rev().map(GrantHandle) {
+            let free = self.free(handle)?;
             match own {
-                Some(own) => self.push_own(own, handle),
-                None => self.push(&mut common.0, handle),
+                Some(own) => push_own(own, free),
+                None => common.0 = free.push(common.0),
             }
         }
-        (old < last).then_some(GrantHandle(old))
-    }
-
-    /// Gives a handle back to `vcpu`, whose holder calls this from inside a table. Its record is free.
-    #[inline]
-    pub(crate) fn release(&self, vcpu: usize, handle: GrantHandle) {
-        match self.own(vcpu) {
-            Some(own) if own.length.load(Ordering::Relaxed) < OWN_MOST => self.push_own(own, handle),
-            _ => self.release_common(handle),
+        if old < last {
+            self.free(GrantHandle(old))
+        } else {
+            None
         }
     }
 
-    /// Gives a handle back to the domain. Its record is free.
+    /// Gives a handle back to `vcpu`, whose holder calls this from inside a table.
+    #[inline]
+    pub(crate) fn release(&self, vcpu: usize, free: Free<'_>) {
+        match self.own(vcpu) {
+            Some(own) if own.length.load(Ordering::Relaxed) < OWN_MOST => push_own(own, free),
+            _ => self.release_common(free),
+        }
+    }
+
+    /// Gives a handle back to the domain.
     #[cold]
-    pub(crate) fn release_common(&self, handle: GrantHandle) {
+    pub(crate) fn release_common(&self, free: Free<'_>) {
         let mut common = self.common.lock();
-        self.push(&mut common.0, handle);
+        common.0 = free.push(common.0);
     }
 
     /// Makes the handles of all vCPUs common. Called when [`Maptrack::allocate`] found none, from
@@ -240,35 +269,25 @@ impl Maptrack {
         wait_for_all();
         let mut common = self.common.lock();
         for own in &self.own {
-            while let Some((handle, next)) = self.first(own.top.load(Ordering::Relaxed)) {
+            while let Some((free, next)) = self.first(own.top.load(Ordering::Relaxed)) {
                 own.top.store(next, Ordering::Relaxed);
-                self.push(&mut common.0, handle);
+                common.0 = free.push(common.0);
             }
         }
     }
 
     /// The first handle of a list, and what the list begins with after it.
     #[inline]
-    fn first(&self, top: u32) -> Option<(GrantHandle, u32)> {
-        let handle = GrantHandle(top.checked_sub(1)?);
-        Some((handle, self.slot(handle)?.other.load(Ordering::Relaxed)))
+    fn first(&self, top: u32) -> Option<(Free<'_>, u32)> {
+        let free = self.free(GrantHandle(top.checked_sub(1)?))?;
+        Some((free, free.slot.other.load(Ordering::Relaxed)))
     }
 
+    /// A handle that the caller knows to be free; `None` if it does not exist.
     #[inline]
-    fn push(&self, top: &mut u32, handle: GrantHandle) {
-        if let Some(slot) = self.slot(handle) {
-            slot.other.store(*top, Ordering::Relaxed);
-            *top = handle.0 + 1;
-        }
-    }
-
-    #[inline]
-    fn push_own(&self, own: &Own, handle: GrantHandle) {
-        let mut top = own.top.load(Ordering::Relaxed);
-        self.push(&mut top, handle);
-        own.top.store(top, Ordering::Relaxed);
-        let length = own.length.load(Ordering::Relaxed);
-        own.length.store(length.wrapping_add(1), Ordering::Relaxed);
+    pub(crate) fn free(&self, handle: GrantHandle) -> Option<Free<'_>> {
+        let slot = self.slot(handle)?;
+        Some(Free { handle, slot })
     }
 
     #[inline]
@@ -282,15 +301,6 @@ impl Maptrack {
         })
     }
 
-    /// Fills the record of an allocated handle; from here on it is live (HND-6: one store).
-    #[inline]
-    pub(crate) fn publish(&self, handle: GrantHandle, record: Record, now: u64) {
-        if let Some(slot) = self.slot(handle) {
-            slot.other.store(birth(now), Ordering::Relaxed);
-            slot.word.store(record.word(), Ordering::Release);
-        }
-    }
-
     /// The record of a live handle.
     #[inline]
     pub(crate) fn look(&self, handle: GrantHandle) -> Option<Record> {
@@ -302,7 +312,7 @@ impl Maptrack {
     pub(crate) fn find(&self, handle: GrantHandle) -> Option<Live<'_>> {
         let slot = self.slot(handle)?;
         let record = Record::from_word(slot.word.load(Ordering::Acquire))?;
-        Some(Live { slot, record })
+        Some(Live { handle, slot, record })
     }
 
     /// The record of a live handle and when it was made (see [`age`]), for observers.
@@ -317,6 +327,7 @@ impl Maptrack {
     pub(crate) fn claim(&self, handle: GrantHandle, expected: Record) -> Option<RecordClaim<'_>> {
         let slot = self.slot(handle)?;
         let live = Live {
+            handle,
             slot,
             record: expected,
         };
@@ -330,8 +341,8 @@ impl Maptrack {
         let mut free = alloc::vec::Vec::new();
         for mut top in tops.chain([self.common.lock().0]) {
             // A handle that is there twice makes a circle: once round is enough.
-            while let Some((handle, next)) = self.first(top).filter(|_| free.len() <= self.limit() as usize) {
-                free.push(handle);
+            while let Some((found, next)) = self.first(top).filter(|_| free.len() <= self.limit() as usize) {
+                free.push(found.handle);
                 top = next;
             }
         }
@@ -351,9 +362,18 @@ impl Maptrack {
     }
 }
 
+#[inline]
+fn push_own(own: &Own, free: Free<'_>) {
+    own.top
+        .store(free.push(own.top.load(Ordering::Relaxed)), Ordering::Relaxed);
+    let length = own.length.load(Ordering::Relaxed);
+    own.length.store(length.wrapping_add(1), Ordering::Relaxed);
+}
+
 /// A handle that was live when it was looked at, and what its record said.
 #[derive(Clone, Copy)]
 pub(crate) struct Live<'a> {
+    handle: GrantHandle,
     slot: Slot<'a>,
     pub(crate) record: Record,
 }
@@ -362,14 +382,17 @@ impl<'a> Live<'a> {
     /// Takes the record for one unmap, if it still says the same.
     #[inline]
     pub(crate) fn claim(self) -> Option<RecordClaim<'a>> {
-        let Live { slot, record } = self;
+        let Live { handle, slot, record } = self;
         let idle = record.word();
         loop {
             match slot
                 .word
                 .compare_exchange(idle, idle | Record::BUSY, Ordering::AcqRel, Ordering::Acquire)
             {
-                Ok(_) => return Some(RecordClaim { slot, left: idle }),
+                Ok(_) => {
+                    let free = Free { handle, slot };
+                    return Some(RecordClaim { free, left: idle });
+                }
                 Err(found) if found == idle | Record::BUSY => spin_loop(),
                 Err(_) => return None,
             }
@@ -379,12 +402,13 @@ impl<'a> Live<'a> {
 
 /// A record held for one unmap. Dropped, it says what is left of the mapping.
 pub(crate) struct RecordClaim<'a> {
-    slot: Slot<'a>,
+    /// As it is once neither kind is left.
+    free: Free<'a>,
     /// The record's word as it will be; kinds that were removed are missing in it.
     left: u64,
 }
 
-impl RecordClaim<'_> {
+impl<'a> RecordClaim<'a> {
     /// Takes a kind of mapping out of the record.
     #[inline]
     pub(crate) fn remove(&mut self, kind: MapFlags) {
@@ -393,9 +417,15 @@ impl RecordClaim<'_> {
 
     /// Whether neither kind is left.
     #[inline]
-    pub(crate) fn is_empty(&self) -> bool {
+    fn is_empty(&self) -> bool {
         let kinds = MapFlags::HOST_MAP | MapFlags::DEVICE_MAP;
         self.left & u64::from(kinds.bits()) << 48 == 0
+    }
+
+    /// Says what is left; the handle, if nothing is.
+    #[inline]
+    pub(crate) fn finish(self) -> Option<Free<'a>> {
+        self.is_empty().then_some(self.free)
     }
 }
 
@@ -403,7 +433,7 @@ impl Drop for RecordClaim<'_> {
     #[inline]
     fn drop(&mut self) {
         let word = if self.is_empty() { 0 } else { self.left };
-        self.slot.word.store(word, Ordering::Release);
+        self.free.slot.word.store(word, Ordering::Release);
     }
 }
 
@@ -412,6 +442,10 @@ mod tests {
     use alloc::vec::Vec;
 
     use super::*;
+
+    fn take(maptrack: &Maptrack, vcpu: usize) -> Option<GrantHandle> {
+        maptrack.allocate(vcpu).map(|free| free.handle)
+    }
 
     fn record(flags: MapFlags) -> Record {
         Record {
@@ -433,29 +467,29 @@ mod tests {
     #[test]
     fn a_vcpu_without_handles_gets_its_siblings_once_they_are_gathered() {
         let maptrack = Maptrack::new(1, 2);
-        let first = maptrack.allocate(0).unwrap();
-        assert_eq!(maptrack.allocate(1), None, "the rest is the other vCPU's own");
+        let first = take(&maptrack, 0).unwrap();
+        assert_eq!(take(&maptrack, 1), None, "the rest is the other vCPU's own");
         maptrack.gather(|| ());
         assert!(
             maptrack.allocate(1).is_some(),
             "HND-5: other sources are tried first"
         );
-        maptrack.release(1, first);
-        assert_eq!(maptrack.allocate(0), Some(first));
+        maptrack.release(1, maptrack.free(first).unwrap());
+        assert_eq!(take(&maptrack, 0), Some(first));
     }
 
     #[test]
     fn a_vcpu_keeps_only_so_many_handles_to_itself() {
         let maptrack = Maptrack::new(8, 2);
-        let all: Vec<GrantHandle> = core::iter::from_fn(|| maptrack.allocate(0)).collect();
+        let all: Vec<GrantHandle> = core::iter::from_fn(|| take(&maptrack, 0)).collect();
         for handle in &all {
-            maptrack.release(1, *handle);
+            maptrack.release(1, maptrack.free(*handle).unwrap());
         }
         let own = core::iter::from_fn(|| maptrack.allocate(1)).count();
         assert_eq!(own, all.len(), "nothing is lost");
-        assert_eq!(maptrack.allocate(0), None);
+        assert_eq!(take(&maptrack, 0), None);
         for handle in all.iter().take(OWN_MOST as usize + 7) {
-            maptrack.release(1, *handle);
+            maptrack.release(1, maptrack.free(*handle).unwrap());
         }
         let common = core::iter::from_fn(|| maptrack.allocate(0)).count();
         assert_eq!(common, 7, "what is more than it may keep is everybody's");
@@ -466,28 +500,27 @@ mod tests {
         let maptrack = Maptrack::new(3, 2);
         let mut seen = alloc::collections::BTreeSet::new();
         for i in 0..3 * 256 - 1 {
-            let handle = maptrack.allocate(i % 2).or_else(|| {
+            let handle = take(&maptrack, i % 2).or_else(|| {
                 maptrack.gather(|| ());
-                maptrack.allocate(i % 2)
+                take(&maptrack, i % 2)
             });
             assert!(seen.insert(handle.unwrap()));
         }
-        assert_eq!(maptrack.allocate(0), None);
+        assert_eq!(take(&maptrack, 0), None);
     }
 
     #[test]
     fn of_two_unmaps_one_wins() {
         let maptrack = Maptrack::new(1, 1);
-        let handle = maptrack.allocate(0).unwrap();
+        let handle = take(&maptrack, 0).unwrap();
         let live = record(MapFlags::HOST_MAP);
         assert_eq!(maptrack.look(handle), None);
         let born = 5 << BIRTH_SHIFT;
-        maptrack.publish(handle, live, born + 1);
+        maptrack.free(handle).unwrap().publish(live, born + 1);
         assert_eq!(maptrack.look_with_birth(handle), Some((live, born)));
         let mut claim = maptrack.claim(handle, live).unwrap();
         claim.remove(MapFlags::HOST_MAP);
-        assert!(claim.is_empty());
-        drop(claim);
+        assert_eq!(claim.finish().map(|free| free.handle), Some(handle));
         assert!(maptrack.claim(handle, live).is_none());
         assert_eq!(maptrack.look(handle), None);
     }
@@ -497,8 +530,11 @@ mod tests {
         let hour = 3_600_000_000_000;
         for now in [hour, (1 << 56) + hour / 2, u64::MAX] {
             let (handle, maptrack) = (GrantHandle(0), Maptrack::new(1, 1));
-            assert_eq!(maptrack.allocate(0), Some(handle));
-            maptrack.publish(handle, record(MapFlags::HOST_MAP), now.wrapping_sub(hour));
+            assert_eq!(take(&maptrack, 0), Some(handle));
+            maptrack
+                .free(handle)
+                .unwrap()
+                .publish(record(MapFlags::HOST_MAP), now.wrapping_sub(hour));
             let (_, born) = maptrack.look_with_birth(handle).unwrap();
             assert!(age(born, now).abs_diff(hour) <= 1 << BIRTH_SHIFT, "at {now}");
         }
@@ -507,8 +543,11 @@ mod tests {
     #[test]
     fn a_record_that_changed_is_not_claimed() {
         let maptrack = Maptrack::new(1, 1);
-        let handle = maptrack.allocate(0).unwrap();
-        maptrack.publish(handle, record(MapFlags::HOST_MAP), 0);
+        let handle = take(&maptrack, 0).unwrap();
+        maptrack
+            .free(handle)
+            .unwrap()
+            .publish(record(MapFlags::HOST_MAP), 0);
         let old = record(MapFlags::HOST_MAP | MapFlags::READONLY);
         assert!(maptrack.claim(handle, old).is_none());
         assert!(maptrack.look(GrantHandle(256)).is_none(), "past the limit");

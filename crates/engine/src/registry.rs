@@ -28,6 +28,7 @@ use crate::hypervisor::Hypervisor;
 use crate::presence::{Presence, Slot};
 use crate::segments::Segments;
 use crate::sync::{AtomicPtr, Knock, Mutex, Ordering};
+use crate::table::View;
 
 /// What a processor inside a domain's table writes into its slot.
 fn tag(id: DomId) -> u32 {
@@ -222,7 +223,21 @@ impl<H: Hypervisor> Drop for Inside<'_, H> {
 pub(crate) struct Visit<'a, H: Hypervisor> {
     pub(crate) engine: &'a Engine<H>,
     slot: &'a Slot,
-    inside: Option<&'a Domain<H>>,
+    inside: Option<Room<'a, H>>,
+}
+
+/// A domain whose table a visit is inside, and the table as it stands. It goes before the slot is wiped.
+pub(crate) struct Room<'a, H: Hypervisor> {
+    domain: &'a Domain<H>,
+    pub(crate) view: View<'a, H::TablePage>,
+}
+
+impl<H: Hypervisor> Deref for Room<'_, H> {
+    type Target = Domain<H>;
+    #[inline]
+    fn deref(&self) -> &Domain<H> {
+        self.domain
+    }
 }
 
 impl<'a, H: Hypervisor> Visit<'a, H> {
@@ -236,27 +251,31 @@ impl<'a, H: Hypervisor> Visit<'a, H> {
 
     /// The domain, with the processor inside its table until the next call; `None`: no such domain.
     #[inline]
-    pub(crate) fn enter(&mut self, id: DomId) -> Option<&Domain<H>> {
-        match self.inside {
-            Some(domain) if domain.id() == id && domain.table.gate.is_open() => Some(domain),
-            _ => self.enter_another(id),
+    pub(crate) fn enter(&mut self, id: DomId) -> Option<&Room<'a, H>> {
+        let stays = |room: &Room<'_, H>| room.id() == id && room.table.gate.is_open();
+        if !self.inside.as_ref().is_some_and(stays) {
+            self.enter_another(id);
         }
+        self.inside.as_ref()
     }
 
-    fn enter_another(&mut self, id: DomId) -> Option<&Domain<H>> {
+    fn enter_another(&mut self, id: DomId) {
         // Left before another is entered: never two at a time (rule 1).
         self.leave();
-        self.inside = self.engine.registry.find_inside(self.slot, id);
-        self.inside
+        let found = self.engine.registry.find_inside(self.slot, id);
+        self.inside = found.map(|domain| Room {
+            domain,
+            view: domain.table.view(),
+        });
     }
 
     /// The domain of that number, if the processor is inside its table, or was inside none.
     #[inline(always)]
-    pub(crate) fn inside(&mut self, id: DomId) -> Option<&Domain<H>> {
+    pub(crate) fn inside(&mut self, id: DomId) -> Option<&Room<'a, H>> {
         if self.inside.is_none() {
-            return self.enter_another(id);
+            self.enter_another(id);
         }
-        self.inside.filter(|domain| domain.id() == id)
+        self.inside.as_ref().filter(|room| room.id() == id)
     }
 
     /// Leaves the table, if the processor is inside one.

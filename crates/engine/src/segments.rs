@@ -62,9 +62,11 @@ impl<T, const FIRST: usize, const SEGMENTS: usize> Segments<T, FIRST, SEGMENTS> 
         if base.is_null() {
             return None;
         }
-        // SAFETY: `base` points to `size(segment)` elements (rule 1), `place` is below that by
-        // construction of `locate`, and they live as long as `self`.
-        Some(unsafe { &*base.wrapping_add(place) })
+        // SAFETY: `base` points to `size(segment)` elements (rule 1), and `place` is below that by
+        // construction of `locate`.
+        let element = unsafe { base.add(place) };
+        // SAFETY: the elements live as long as `self`.
+        Some(unsafe { &*element })
     }
 
     /// Makes elements 0 to `len - 1` exist, made by `make`. The caller serialises growth.

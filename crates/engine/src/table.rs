@@ -9,6 +9,8 @@
 //! 5. An entry whose private state was never made was never in use. It is made, some entries at a
 //!    time, when a grantee first wants to use one of them.
 
+use core::cell::Cell;
+
 use gnttab_abi::{DomId, ENTRY_V1_SIZE, EntryHead, GrantRef, GrantStatus};
 
 use crate::active::{Active, Actives, Extra, State};
@@ -33,8 +35,11 @@ struct Frame<P> {
     page: Once<P>,
     /// The status page of this frame and the seven behind it, in every eighth frame.
     status: Once<P>,
-    pieces: [Lazy<Piece, 1>; V1_ENTRIES_PER_PAGE as usize / PIECE],
+    pieces: Pieces,
 }
+
+/// The private state of a frame's entries.
+type Pieces = [Lazy<Piece, 1>; V1_ENTRIES_PER_PAGE as usize / PIECE];
 
 /// The private state of neighbouring entries.
 struct Piece {
@@ -233,8 +238,14 @@ impl<P: AsRef<PageWords>> Table<P> {
         View {
             table: self,
             version,
-            entries: self.nr_frames() * entries_per_page(version),
+            entries: Cell::new(self.entries(version)),
+            last: Last::none(),
         }
+    }
+
+    #[inline]
+    fn entries(&self, version: Version) -> u32 {
+        self.nr_frames() * entries_per_page(version)
     }
 
     /// Bytes of private state: what is known of frames and of entries.
@@ -256,11 +267,60 @@ pub(crate) const fn entries_per_page(version: Version) -> u32 {
     }
 }
 
-/// A table whose version cannot change while this is used.
+/// A table whose version cannot change while this is used. What it gives out lives no longer than it.
 pub(crate) struct View<'a, P> {
     table: &'a Table<P>,
     version: Version,
-    entries: u32,
+    /// N(GT) when it was last looked at.
+    entries: Cell<u32>,
+    /// The frame that was looked into last: the next entry is often there too.
+    last: Last<'a>,
+}
+
+/// What a view knows of a frame: it does not change while the version does not. Words of their own, so
+/// that only those are fetched that are wanted.
+struct Last<'a> {
+    /// `usize::MAX`: none.
+    index: Cell<usize>,
+    pieces: Cell<Option<&'a Pieces>>,
+    page: Cell<Option<&'a PageWords>>,
+    /// In version 2.
+    status: Cell<Option<&'a PageWords>>,
+}
+
+impl Last<'_> {
+    fn none() -> Self {
+        Last {
+            index: Cell::new(usize::MAX),
+            pieces: Cell::new(None),
+            page: Cell::new(None),
+            status: Cell::new(None),
+        }
+    }
+}
+
+/// A frame, for one look at it.
+#[derive(Clone, Copy)]
+struct Sight<'a> {
+    index: usize,
+    pieces: &'a Pieces,
+    page: &'a PageWords,
+    /// In version 2.
+    status: Option<&'a PageWords>,
+}
+
+impl<'a> Sight<'a> {
+    #[inline(always)]
+    fn shared(&self, slot: usize) -> SharedEntry<'a> {
+        match self.status {
+            None => SharedEntry::V1(SharedV1::new(self.page, slot)),
+            Some(status) => {
+                let group = FRAMES_PER_STATUS as usize;
+                let status_slot = self.index % group * V2_ENTRIES_PER_PAGE as usize + slot;
+                SharedEntry::V2(SharedV2::new(self.page, slot, status, status_slot))
+            }
+        }
+    }
 }
 
 impl<'a, P: AsRef<PageWords>> View<'a, P> {
@@ -271,48 +331,72 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
 
     /// N(GT): references 0 to one less exist.
     pub(crate) fn entries(&self) -> u32 {
-        self.entries
+        self.entries.get()
     }
 
     /// Where a reference's entry is: its frame and its place there; `None` past the table (ENG-1).
     #[inline(always)]
-    fn place(&self, gref: GrantRef) -> Option<(usize, usize)> {
-        let index = below(gref.0, self.entries)?;
+    fn place(&self, gref: GrantRef) -> Option<(Sight<'a>, usize)> {
+        let index = match below(gref.0, self.entries.get()) {
+            Some(index) => index,
+            None => self.place_in_grown(gref)?,
+        };
         let per_page = entries_per_page(self.version) as usize;
-        Some((index / per_page, index % per_page))
+        Some((self.sight(index / per_page)?, index % per_page))
+    }
+
+    /// A further look at how many entries there are.
+    #[cold]
+    fn place_in_grown(&self, gref: GrantRef) -> Option<usize> {
+        self.entries.set(self.table.entries(self.version));
+        below(gref.0, self.entries.get())
     }
 
     #[inline(always)]
-    fn shared_at(&self, frame: &'a Frame<P>, (index, slot): (usize, usize)) -> Option<SharedEntry<'a>> {
-        let page = frame.page.get()?.as_ref();
-        Some(match self.version {
-            Version::V1 => SharedEntry::V1(SharedV1::new(page, slot)),
-            Version::V2 => {
-                let group = FRAMES_PER_STATUS as usize;
-                let first = self.table.frames.get(index - index % group)?;
-                let status_slot = index % group * V2_ENTRIES_PER_PAGE as usize + slot;
-                let status = first.status.get()?.as_ref();
-                SharedEntry::V2(SharedV2::new(page, slot, status, status_slot))
-            }
+    fn sight(&self, index: usize) -> Option<Sight<'a>> {
+        let last = &self.last;
+        if last.index.get() != index {
+            self.look_into(index)?;
+        }
+        Some(Sight {
+            index,
+            pieces: last.pieces.get()?,
+            page: last.page.get()?,
+            status: last.status.get(),
         })
     }
 
+    #[inline(never)]
+    fn look_into(&self, index: usize) -> Option<()> {
+        let (frames, last) = (&self.table.frames, &self.last);
+        let frame = frames.get(index)?;
+        let page = frame.page.get()?.as_ref();
+        if self.version == Version::V2 {
+            let first = frames.get(index - index % FRAMES_PER_STATUS as usize)?;
+            last.status.set(Some(first.status.get()?.as_ref()));
+        }
+        last.index.set(index);
+        last.pieces.set(Some(&frame.pieces));
+        last.page.set(Some(page));
+        Some(())
+    }
+
     /// The shared half of a reference's entry; `None` past the table.
-    pub(crate) fn shared(&self, gref: GrantRef) -> Option<SharedEntry<'a>> {
-        let (index, slot) = self.place(gref)?;
-        self.shared_at(self.table.frames.get(index)?, (index, slot))
+    #[inline(always)]
+    pub(crate) fn shared(&self, gref: GrantRef) -> Option<SharedEntry<'_>> {
+        let (sight, slot) = self.place(gref)?;
+        Some(sight.shared(slot))
     }
 
     /// The entry of a reference that is in use, or was; `None` past the table, and for entries that
     /// nobody ever wanted to use.
     #[inline(always)]
-    pub(crate) fn entry(&self, gref: GrantRef) -> Option<Entry<'a>> {
-        let (index, slot) = self.place(gref)?;
-        let frame = self.table.frames.get(index)?;
-        let piece = frame.pieces.get(slot / PIECE)?.get(0)?;
+    pub(crate) fn entry(&self, gref: GrantRef) -> Option<Entry<'_>> {
+        let (sight, slot) = self.place(gref)?;
+        let piece = sight.pieces.get(slot / PIECE)?.get(0)?;
         Some(Entry {
             active: piece.active.get(slot),
-            shared: self.shared_at(frame, (index, slot))?,
+            shared: sight.shared(slot),
             extra: Some((&piece.extra, slot % PIECE)),
         })
     }
@@ -337,7 +421,7 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
     /// # Errors
     /// *bad_gntref* past the table; *general_error* if there is no memory for its state.
     #[inline(always)]
-    pub(crate) fn entry_to_use(&self, gref: GrantRef) -> Result<Entry<'a>, GrantStatus> {
+    pub(crate) fn entry_to_use(&self, gref: GrantRef) -> Result<Entry<'_>, GrantStatus> {
         loop {
             if let Some(entry) = self.entry(gref) {
                 return Ok(entry);
@@ -348,9 +432,8 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
 
     #[cold]
     fn make_entry(&self, gref: GrantRef) -> Result<(), GrantStatus> {
-        let (index, slot) = self.place(gref).ok_or(GrantStatus::BAD_GNTREF)?;
-        let frame = self.table.frames.get(index).ok_or(GrantStatus::BAD_GNTREF)?;
-        frame.pieces[slot / PIECE]
+        let (sight, slot) = self.place(gref).ok_or(GrantStatus::BAD_GNTREF)?;
+        sight.pieces[slot / PIECE]
             .get_or_make(0, Piece::new)
             .map(drop)
             .map_err(|OutOfMemory| GrantStatus::GENERAL_ERROR)

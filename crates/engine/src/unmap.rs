@@ -10,7 +10,7 @@ use gnttab_abi::{
 };
 
 use crate::active::Pins;
-use crate::domain::{Domain, Vcpu};
+use crate::domain::Vcpu;
 use crate::engine::Processor;
 use crate::hypervisor::{Access, DomainKind, Hook, HostUnmapping, Hypervisor};
 use crate::iommu;
@@ -131,7 +131,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             return refuse(GrantStatus::PERMISSION_DENIED);
         }
         // 5
-        let Some(entry) = granter.table.view().entry(record.gref) else {
+        let Some(entry) = granter.view.entry(record.gref) else {
             return refuse(GrantStatus::BAD_HANDLE);
         };
         // 6: from here on this record, and so the entry's frame, is this call's
@@ -166,16 +166,15 @@ impl<H: Hypervisor> Visit<'_, H> {
             kinds |= MapFlags::DEVICE_MAP;
         }
         // 10
-        let released = claim.is_empty();
-        drop(claim);
-        if released {
-            caller.maptrack.release(vcpu.number, request.handle);
+        let free = claim.finish();
+        if let Some(free) = free {
+            caller.maptrack.release(vcpu.number, free);
         }
         hv.hook(Hook::UnmapPass1);
         // 11
         let access = access_of(record.flags);
         let mut status = GrantStatus::OKAY;
-        let follows = released && granter.id() != caller.id() && hv.iommu_follows(caller.private());
+        let follows = free.is_some() && granter.id() != caller.id() && hv.iommu_follows(caller.private());
         if follows && iommu::remove(hv, caller, mfn, access).is_err() {
             status = GrantStatus::GENERAL_ERROR;
         }
@@ -229,7 +228,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         let inside = self.enter(granter);
         let mut host_type = false;
         if let Some(granter) = inside {
-            if let Some(entry) = granter.table.view().entry(gref) {
+            if let Some(entry) = granter.view.entry(gref) {
                 unpin(&entry, Pins::of_mapping(flags), access);
             }
             host_type = takes_type(access, kind, granter.kind(), granter.id() == caller);
@@ -241,7 +240,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         if referenced.contains(MapFlags::HOST_MAP) {
             put(hv, mfn, host_type);
         }
-        if inside.is_some_and(Domain::is_dying) {
+        if inside.is_some_and(|granter| granter.is_dying()) {
             self.leave();
             engine.reap(granter);
         }
@@ -263,14 +262,10 @@ impl<H: Hypervisor> Visit<'_, H> {
         let both = MapFlags::HOST_MAP | MapFlags::DEVICE_MAP;
         let kinds = record.flags & both;
         claim.remove(both);
-        drop(claim);
+        let free = claim.finish();
         let access = access_of(record.flags);
         let mfn = match self.enter(record.granter) {
-            Some(granter) => granter
-                .table
-                .view()
-                .entry(record.gref)
-                .map(|entry| entry.active.mfn()),
+            Some(granter) => granter.view.entry(record.gref).map(|entry| entry.active.mfn()),
             None => None,
         };
         if let Some(mfn) = mfn {
@@ -292,7 +287,9 @@ impl<H: Hypervisor> Visit<'_, H> {
             };
             self.give_back(caller.kind(), caller.id(), &removed, referenced);
         }
-        caller.maptrack.release_common(handle);
+        if let Some(free) = free {
+            caller.maptrack.release_common(free);
+        }
         true
     }
 }

@@ -358,14 +358,14 @@ mod tests {
         let domain = scene.domain(C);
         let maptrack = &domain.maptrack;
         assert_eq!(kinds(&scene), []);
-        let handle = maptrack.allocate(0).unwrap();
+        let handle = maptrack.allocate(0).unwrap().handle;
         assert_eq!(kinds(&scene), [Audit::Handles], "lost");
-        maptrack.release(0, handle);
+        maptrack.release(0, maptrack.free(handle).unwrap());
         assert_eq!(kinds(&scene), []);
-        maptrack.release(0, handle);
+        maptrack.release(0, maptrack.free(handle).unwrap());
         assert_eq!(kinds(&scene), [Audit::Handles], "twice");
         maptrack.allocate(0).unwrap();
-        maptrack.release(0, mapped.handle);
+        maptrack.release(0, maptrack.free(mapped.handle).unwrap());
         assert_eq!(kinds(&scene), [Audit::Handles], "free and live");
     }
 
@@ -387,7 +387,8 @@ mod tests {
         assert_eq!(kinds(&scene), [Audit::Locks]);
         drop(inside);
         drop(cpu);
-        let entry = domain.table.view().entry_to_use(Scene::GREF).unwrap();
+        let view = domain.table.view();
+        let entry = view.entry_to_use(Scene::GREF).unwrap();
         let claim = entry.active.claim(entry.active.load());
         assert_eq!(kinds(&scene), [Audit::Locks]);
         drop(claim);

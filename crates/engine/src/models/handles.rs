@@ -48,7 +48,7 @@ impl World {
 
     /// What a map does for a handle (spec 3.3 step 5).
     fn take(&self, vcpu: usize) -> Option<GrantHandle> {
-        let take = || self.inside(vcpu, |maptrack| maptrack.allocate(vcpu));
+        let take = || self.inside(vcpu, |maptrack| Some(maptrack.allocate(vcpu)?.handle));
         let handle = take().or_else(|| {
             self.maptrack.gather(|| self.presence.wait_for_all());
             take()
@@ -58,13 +58,19 @@ impl World {
         Some(handle)
     }
 
+    fn publish(&self, handle: GrantHandle, record: Record, now: u64) {
+        self.maptrack.free(handle).unwrap().publish(record, now);
+    }
+
     fn own(&self, handle: GrantHandle) {
         self.owned[handle.0 as usize].had_alone();
     }
 
     fn give_back(&self, vcpu: usize, handle: GrantHandle) {
         self.own(handle);
-        self.inside(vcpu, |maptrack| maptrack.release(vcpu, handle));
+        self.inside(vcpu, |maptrack| {
+            maptrack.release(vcpu, maptrack.free(handle).unwrap())
+        });
     }
 
     /// How many handles there are to be had.
@@ -152,7 +158,7 @@ fn look_against_publication() {
             }
         });
         world.own(handle);
-        world.maptrack.publish(handle, record(9), 5 << 24);
+        world.publish(handle, record(9), 5 << 24);
         thread.join().unwrap();
     });
 }
@@ -164,9 +170,7 @@ fn unmap(world: &World, handle: GrantHandle, expected: Record) -> bool {
     // Only one at a time works on a mapping.
     world.own(handle);
     claim.remove(MapFlags::HOST_MAP);
-    assert!(claim.is_empty());
-    drop(claim);
-    world.maptrack.release_common(handle);
+    world.maptrack.release_common(claim.finish().unwrap());
     true
 }
 
@@ -176,7 +180,7 @@ fn unmap_against_unmap() {
     every_order(|| {
         let world = World::new(1, 1);
         let handle = world.take(0).unwrap();
-        world.maptrack.publish(handle, record(9), 0);
+        world.publish(handle, record(9), 0);
         let other = Arc::clone(&world);
         let thread = thread::spawn(move || unmap(&other, handle, record(9)));
         let first = unmap(&world, handle, record(9));
@@ -193,12 +197,12 @@ fn unmap_against_a_handle_used_again() {
     every_order(|| {
         let world = World::new(1, 1);
         let handle = world.take(0).unwrap();
-        world.maptrack.publish(handle, record(9), 0);
+        world.publish(handle, record(9), 0);
         let other = Arc::clone(&world);
         let thread = thread::spawn(move || unmap(&other, handle, record(9)));
         if unmap(&world, handle, record(9)) {
             let again = world.take(0).unwrap();
-            world.maptrack.publish(again, record(10), 0);
+            world.publish(again, record(10), 0);
             let late = thread.join().unwrap();
             assert!(!late, "it looked at a mapping that is gone");
             assert_eq!(world.maptrack.look(again), Some(record(10)));
@@ -219,7 +223,7 @@ fn unmaps_of_two_kinds() {
         };
         let world = World::new(1, 1);
         let handle = world.take(0).unwrap();
-        world.maptrack.publish(handle, both, 0);
+        world.publish(handle, both, 0);
         let remove = move |world: &World, kind: MapFlags| {
             let Some(seen) = world.maptrack.look(handle) else {
                 return false;

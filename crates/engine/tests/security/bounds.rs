@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use gnttab_abi::{
     Abi, AcquireResource, COMPAT_SETUP_TABLE_FRAMES, COMPAT_STATUS_FRAMES, CopyFlags, CopyPtr, DomId,
     EntryFlags, EntryV1, Errno, GetStatusFrames, GrantHandle, GrantRef, GrantStatus, MEMOP_ACQUIRE_RESOURCE,
-    MapFlags, Mfn, Op, SetupTable, SwapGrantRef,
+    MapFlags, MapGrantRef, Mfn, Op, SetupTable, SwapGrantRef,
 };
 use gnttab_engine::machine::{C, Fenced, G, L2Slot, P, PageType, Pte, Request, Scene, T};
 use gnttab_engine::{
@@ -93,6 +93,40 @@ fn xsa_24_every_32_bit_call_ends() {
                 stage.poke(C, ARGS, &[0; 4096]);
             }
         }
+        stage.finish();
+    }
+}
+
+/// ENG-1: what counts is the table as it is when an item's turn comes: a batch that is under way finds
+/// an entry of a frame that the granter has got since the batch began.
+#[test]
+fn eng_1_a_batch_under_way_sees_the_table_grow() {
+    for stage in [Stage::pv(), Stage::v2()] {
+        let entries = if stage.domain(G).version() == Version::V1 {
+            512
+        } else {
+            256
+        };
+        let new = GrantRef(entries);
+        stage.meanwhile(Hook::MapPublish, move |stage| {
+            let granter = stage.vcpu(G, 0);
+            let mut cpu = stage.processor();
+            let status = cpu.setup_table(&granter, DomId::SELF, 2, None, &mut |_, _| true);
+            assert_eq!(status, GrantStatus::OKAY);
+            stage.grant(G, new, C, stage.frame, EntryFlags::empty());
+        });
+        let item = |gref, place| MapGrantRef {
+            host_addr: stage.place(place),
+            flags: RW,
+            gref,
+            dom: G,
+            ..MapGrantRef::default()
+        };
+        let mut items = [item(new, 0), item(LOW, 1), item(new, 2)];
+        stage.processor().map(&stage.vcpu(C, 0), &mut items);
+        let statuses = items.map(|item| item.status);
+        let okay = GrantStatus::OKAY;
+        assert_eq!(statuses, [GrantStatus::BAD_GNTREF, okay, okay]);
         stage.finish();
     }
 }
