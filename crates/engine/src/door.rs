@@ -212,6 +212,16 @@ impl<M: GuestMemory + ?Sized> Args<'_, M> {
         self.memory.write(self.at(index, size), bytes)
     }
 
+    /// Writes a whole argument, by words: a processor cannot load together what it has just stored apart
+    /// without waiting.
+    #[inline(always)]
+    fn write_whole(self, index: u32, size: usize, raw: Raw) -> Result<(), Fault> {
+        let words = raw.as_chunks().0;
+        let words: [[u8; 8]; LARGEST / 8] =
+            core::array::from_fn(|at| u64::from_ne_bytes(words[at]).to_ne_bytes());
+        self.write(index, size, &words.as_flattened()[..size])
+    }
+
     /// Writes an argument's status, at `offset`.
     #[inline(always)]
     fn write_status(self, index: u32, size: usize, offset: u64, status: GrantStatus) -> Result<(), Fault> {
@@ -366,7 +376,7 @@ where
             // An array of its own: the structure has no padding that had to stay.
             let mut raw = [0; LARGEST];
             answer.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
-            self.args.write(index, size, &raw[..size])?;
+            self.args.write_whole(index, size, raw)?;
         }
         Ok(())
     }

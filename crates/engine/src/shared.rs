@@ -194,6 +194,12 @@ impl PageWords {
         if offset > PAGE_SIZE || into.len() > PAGE_SIZE - offset {
             return false;
         }
+        if are_few_words(offset, into.len()) {
+            for (at, word) in into.as_chunks_mut().0.iter_mut().enumerate() {
+                *word = self.u64(offset / 8 + at).load(Ordering::Relaxed).to_le_bytes();
+            }
+            return true;
+        }
         #[cfg(all(target_arch = "x86_64", not(miri)))]
         // SAFETY: the range was checked to lie in the page; `into` is exclusive memory elsewhere.
         unsafe {
@@ -212,6 +218,20 @@ impl PageWords {
     pub fn write(&self, offset: usize, bytes: &[u8]) -> bool {
         if offset > PAGE_SIZE || bytes.len() > PAGE_SIZE - offset {
             return false;
+        }
+        if let [a, b] = *bytes
+            && offset.is_multiple_of(2)
+        {
+            self.u16(offset / 2)
+                .store(u16::from_le_bytes([a, b]), Ordering::Relaxed);
+            return true;
+        }
+        if are_few_words(offset, bytes.len()) {
+            for (at, word) in bytes.as_chunks().0.iter().enumerate() {
+                self.u64(offset / 8 + at)
+                    .store(u64::from_le_bytes(*word), Ordering::Relaxed);
+            }
+            return true;
         }
         #[cfg(all(target_arch = "x86_64", not(miri)))]
         // SAFETY: the range was checked to lie in the page, which `&self` lets anybody write.
@@ -287,6 +307,13 @@ impl PageWords {
             self.u64(i).store(0, Ordering::Relaxed);
         }
     }
+}
+
+/// Whether bytes are whole aligned words, and so few that they may stay in registers: an argument.
+#[cfg(not(loom))]
+#[inline(always)]
+fn are_few_words(offset: usize, len: usize) -> bool {
+    len <= LINE && offset.is_multiple_of(8) && len.is_multiple_of(8)
 }
 
 /// Moves bytes by instructions that have a meaning whatever is written meanwhile, also to the same bytes,
