@@ -37,9 +37,7 @@ const RESTARTS: u32 = 64;
 struct Buffer {
     key: Key,
     mfn: Mfn,
-    /// First usable byte, and the one behind the last.
-    start: u32,
-    end: u32,
+    span: Span,
     typed: bool,
 }
 
@@ -87,8 +85,7 @@ impl From<GrantStatus> for Refused {
 /// A use of an entry by grant.
 struct Grip {
     mfn: Mfn,
-    start: u32,
-    end: u32,
+    span: Span,
     /// Whether the writable type was had with the reference; `None`: not asked for.
     typed: Option<bool>,
 }
@@ -175,8 +172,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             return Err(GrantStatus::BAD_COPY_ARG);
         }
         // 5, 6
-        let within =
-            |side: &CopyPtr, kept: &Buffer| u32::from(side.offset) >= kept.start && end(side) <= kept.end;
+        let within = |side: &CopyPtr, kept: &Buffer| kept.span.has(u32::from(side.offset), end(side));
         if !within(&item.source, from) || !within(&item.dest, to) {
             return Err(GrantStatus::GENERAL_ERROR);
         }
@@ -276,8 +272,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         let buffer = Buffer {
             key,
             mfn: grip.mfn,
-            start: grip.start,
-            end: grip.end,
+            span: grip.span,
             typed,
         };
         if writes && !typed {
@@ -387,14 +382,8 @@ impl<H: Hypervisor> Visit<'_, H> {
                 let mfn = entry.active.mfn();
                 let owner = hv.get_frame(mfn);
                 if owner == Some(FrameOwner::Domain(granter)) && !domain.is_dying() {
-                    let (start, end) = range_of(&entry, state);
-                    let typed = None;
-                    return Ok(Grip {
-                        mfn,
-                        start,
-                        end,
-                        typed,
-                    });
+                    let (span, typed) = (span_of(&entry, state), None);
+                    return Ok(Grip { mfn, span, typed });
                 }
                 lower(domain, &entry, access, entry.active.load());
                 if owner.is_some() {
@@ -434,12 +423,11 @@ impl<H: Hypervisor> Visit<'_, H> {
                     put(hv, resolved.mfn, typed == Some(true));
                     return Err(GrantStatus::GENERAL_ERROR.into());
                 }
-                let (start, end) = range_of(&entry, state);
+                let span = span_of(&entry, state);
                 claim.publish_more(wanted);
                 return Ok(Grip {
                     mfn: resolved.mfn,
-                    start,
-                    end,
+                    span,
                     typed,
                 });
             }
@@ -453,12 +441,11 @@ impl<H: Hypervisor> Visit<'_, H> {
                 domain.table.v2_ops.fetch_add(1, Ordering::SeqCst);
             }
             let first = State::first(user, kind, wanted);
-            let (start, end) = range_of(&entry, first);
+            let span = span_of(&entry, first);
             claim.publish_first(resolved.mfn, first);
             return Ok(Grip {
                 mfn: resolved.mfn,
-                start,
-                end,
+                span,
                 typed,
             });
         }
@@ -570,18 +557,30 @@ fn lower<H: Hypervisor>(domain: &Domain<H>, entry: &Entry<'_>, access: Access, s
     );
 }
 
-/// The whole page.
-const WHOLE: (u32, u32) = (0, 4096);
+/// Bytes of a page that may be used: the first, and in the upper half how many. One word, which is
+/// handed on as one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Span(u32);
+
+impl Span {
+    const WHOLE: Span = Span::new(0, 4096);
+
+    const fn new(start: u16, length: u16) -> Span {
+        Span(start as u32 | (length as u32) << 16)
+    }
+
+    /// Whether bytes from `start` up to `end`, that one left out, are among them.
+    #[inline(always)]
+    fn has(self, start: u32, end: u32) -> bool {
+        let first = self.0 & 0xFFFF;
+        start >= first && end <= first + (self.0 >> 16)
+    }
+}
 
 impl Grip {
     fn whole(mfn: Mfn, typed: Option<bool>) -> Grip {
-        let (start, end) = WHOLE;
-        Grip {
-            mfn,
-            start,
-            end,
-            typed,
-        }
+        let span = Span::WHOLE;
+        Grip { mfn, span, typed }
     }
 }
 
@@ -623,15 +622,15 @@ fn by_frame_is_own(side: &CopyPtr, by_grant: bool) -> Result<(), GrantStatus> {
     }
 }
 
-/// The usable range of an entry in a given state; of a transitive one, that of its far entry,
-/// which this does not know.
+/// What an entry in a given state gives; of a transitive one, what its far entry gives, which this does
+/// not know.
 #[inline]
-fn range_of(entry: &Entry<'_>, state: State) -> (u32, u32) {
+fn span_of(entry: &Entry<'_>, state: State) -> Span {
     if state.is_partial() && !state.is_transitive() {
         let (start, length) = entry.extra().range();
-        (u32::from(start), u32::from(start) + u32::from(length))
+        Span::new(start, length)
     } else {
-        WHOLE
+        Span::WHOLE
     }
 }
 
