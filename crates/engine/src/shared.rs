@@ -309,11 +309,11 @@ impl PageWords {
     }
 }
 
-/// Whether bytes are whole aligned words, and so few that they may stay in registers: an argument.
+/// Whether bytes are whole aligned words, too many for one register and few enough to stay in some.
 #[cfg(not(loom))]
 #[inline(always)]
 fn are_few_words(offset: usize, len: usize) -> bool {
-    len <= LINE && offset.is_multiple_of(8) && len.is_multiple_of(8)
+    (17..=32).contains(&len) && offset.is_multiple_of(8) && len.is_multiple_of(8)
 }
 
 /// Moves bytes by instructions that have a meaning whatever is written meanwhile, also to the same bytes,
