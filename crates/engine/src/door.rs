@@ -417,8 +417,7 @@ where
                 let mut raw = [0; LARGEST];
                 let read = args.read(index, size, &mut raw).map_err(Errno::from);
                 done = read.and_then(|()| decode(&raw)).and_then(|request| {
-                    let (status, what) = visit.unmap_first(vcpu, op, request);
-                    *removed = what;
+                    let status = visit.unmap_first(vcpu, op, request, removed);
                     // Both structures have their status at the same place.
                     Ok(args.write_status(index, size, 20, status)?)
                 });

@@ -69,7 +69,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         for group in items.chunks_mut(UNMAP_GROUP) {
             let mut removed = [None; UNMAP_GROUP];
             for (item, removed) in group.iter_mut().zip(&mut removed) {
-                (item.status, *removed) = visit.unmap_first(vcpu, Op::UnmapGrantRef, (&*item).into());
+                item.status = visit.unmap_first(vcpu, Op::UnmapGrantRef, (&*item).into(), removed);
             }
             visit.unmap_second(vcpu, &removed);
         }
@@ -81,7 +81,7 @@ impl<H: Hypervisor> Processor<'_, H> {
         for group in items.chunks_mut(UNMAP_GROUP) {
             let mut removed = [None; UNMAP_GROUP];
             for (item, removed) in group.iter_mut().zip(&mut removed) {
-                (item.status, *removed) = visit.unmap_first(vcpu, Op::UnmapAndReplace, (&*item).into());
+                item.status = visit.unmap_first(vcpu, Op::UnmapAndReplace, (&*item).into(), removed);
             }
             visit.unmap_second(vcpu, &removed);
         }
@@ -94,21 +94,23 @@ impl<H: Hypervisor> Processor<'_, H> {
 }
 
 impl<H: Hypervisor> Visit<'_, H> {
-    /// Phase 1 of one item (spec 3.4.2), counted.
+    /// Phase 1 of one item (spec 3.4.2), counted. What it removed is left in `place`.
     #[inline]
     pub(crate) fn unmap_first(
         &mut self,
         vcpu: &Vcpu<H>,
         op: Op,
         request: Request,
-    ) -> (GrantStatus, Option<Removed>) {
+        place: &mut Option<Removed>,
+    ) -> GrantStatus {
         let (status, removed) = self.unmap_one(vcpu, request);
         let (peer, gref) = match &removed {
             Some(removed) => (Some(removed.granter), Some(removed.gref)),
             None => (None, None),
         };
+        *place = removed;
         vcpu.answer(&self.engine.hv, op, peer, gref, status);
-        (status, removed)
+        status
     }
 
     #[inline(always)]
