@@ -2,6 +2,57 @@
 
 #![cfg(feature = "machine")]
 
+/// An actor that is stopped in the middle of what it does.
+#[cfg(test)]
+mod stopped {
+    use std::thread::{self, JoinHandle};
+    use std::time::{Duration, Instant};
+
+    use gnttab_engine::Hook;
+    use gnttab_engine::machine::{Hooks, Parked};
+
+    /// What comes at all comes in far less.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    pub(crate) struct Stopped<T> {
+        hook: Hook,
+        parked: Parked,
+        actor: JoinHandle<T>,
+    }
+
+    impl<T: Send + 'static> Stopped<T> {
+        /// Starts an actor and waits until it has come to `hook`.
+        ///
+        /// # Panics
+        /// If it does not come there.
+        pub(crate) fn at(hook: Hook, hooks: &Hooks, act: impl FnOnce() -> T + Send + 'static) -> Stopped<T> {
+            let parked = hooks.park(hook);
+            let actor = thread::spawn(act);
+            let deadline = Instant::now() + PATIENCE;
+            while !parked.arrived() {
+                assert!(!actor.is_finished(), "it was over before {hook:?}");
+                assert!(Instant::now() < deadline, "nobody came to {hook:?}");
+                thread::yield_now();
+            }
+            Stopped { hook, parked, actor }
+        }
+
+        /// Lets it go on; what it comes to in the end.
+        ///
+        /// # Panics
+        /// If it does not end.
+        pub(crate) fn go_on(self) -> T {
+            self.parked.release();
+            let deadline = Instant::now() + PATIENCE;
+            while !self.actor.is_finished() {
+                assert!(Instant::now() < deadline, "it does not end after {:?}", self.hook);
+                thread::yield_now();
+            }
+            self.actor.join().expect("it does not panic")
+        }
+    }
+}
+
 /// Sequences of operations.
 #[cfg(test)]
 mod sequences {
@@ -79,6 +130,8 @@ mod sequences {
         use gnttab_engine::Hook;
         use std::sync::Arc;
 
+        use super::stopped::Stopped;
+
         let builder = Scene::pv().granter_v2().limits(C, |limits| limits.vcpus = 2);
         let scene = Arc::new(builder.build());
         scene.machine.hooks().set_relax(std::thread::yield_now);
@@ -89,9 +142,8 @@ mod sequences {
             frame: scene.frame.gfn.0,
         };
         scene.set_v2(G, Scene::GREF, EntryV2::new(EntryHead { flags, domid: C }, body));
-        let parked = scene.machine.hooks().park(Hook::CopyMapped);
         let inside = Arc::clone(&scene);
-        let copier = std::thread::spawn(move || {
+        let copier = Stopped::at(Hook::CopyMapped, scene.machine.hooks(), move || {
             let source = CopyPtr::grant(G, Scene::GREF, 0);
             let dest = CopyPtr::frame(inside.local[0].gfn.0, 0);
             let flags = CopyFlags::SOURCE_GREF;
@@ -105,11 +157,9 @@ mod sequences {
             inside.processor().copy(&inside.vcpu(C, 1), &mut items);
             items[0].status
         });
-        parked.wait();
         scene.grant(G, Scene::GREF, C, scene.frame, EntryFlags::empty());
         assert_eq!(scene.map(scene.place(0), RO).status, GrantStatus::GENERAL_ERROR);
-        parked.release();
-        assert_eq!(copier.join().unwrap(), GrantStatus::OKAY);
+        assert_eq!(copier.go_on(), GrantStatus::OKAY);
         assert_eq!(scene.map(scene.place(0), RO).status, GrantStatus::OKAY);
         assert_eq!(
             scene.entry(G, GrantRef(5)).flags(),
@@ -123,15 +173,17 @@ mod sequences {
 #[cfg(test)]
 mod interleavings {
     use std::sync::{Arc, Mutex};
-    use std::thread::{self, JoinHandle};
+    use std::thread;
 
     use gnttab_abi::{
         Copy, CopyFlags, CopyPtr, DomId, EntryBodyV2, EntryFlags, EntryHead, EntryV2, GrantRef, GrantStatus,
     };
     use gnttab_engine::machine::{
-        Answer, Between, C, G, Machine, Parked, Request, Scene, SceneBuilder, T, Verdict, Watch,
+        Answer, Between, C, G, Machine, Request, Scene, SceneBuilder, T, Verdict, Watch,
     };
     use gnttab_engine::{Hook, Retired, Version};
+
+    use super::stopped::Stopped;
 
     /// What to wait for, and what to do then.
     type Wait = (fn(&Request) -> bool, Box<dyn FnOnce() + Send>);
@@ -192,12 +244,10 @@ mod interleavings {
     }
 
     /// A copy by vCPU 0 of C, stopped while it holds both its pages.
-    fn copy_in_flight(scene: &Arc<Watched>, write: bool) -> (Parked, JoinHandle<GrantStatus>) {
-        let parked = scene.machine.hooks().park(Hook::CopyMapped);
+    fn copy_in_flight(scene: &Arc<Watched>, write: bool) -> Stopped<GrantStatus> {
         let inside = Arc::clone(scene);
-        let copier = thread::spawn(move || copy_grant(&inside, 0, write));
-        parked.wait();
-        (parked, copier)
+        let hooks = scene.machine.hooks();
+        Stopped::at(Hook::CopyMapped, hooks, move || copy_grant(&inside, 0, write))
     }
 
     /// G's entry 5 passes T's entry 9 on to C.
@@ -223,11 +273,10 @@ mod interleavings {
     fn a_far_granter_stays_until_its_frame_is_let_go() {
         let scene = scene(Scene::pv().granter_v2());
         pass_on(&scene, EntryFlags::empty());
-        let (parked, copier) = copy_in_flight(&scene, false);
+        let copier = copy_in_flight(&scene, false);
         assert_eq!(scene.kill(T), Retired::Held);
         assert!(scene.machine.frame(scene.far.mfn).unwrap().references > 0);
-        parked.release();
-        assert_eq!(copier.join().unwrap(), GrantStatus::OKAY);
+        assert_eq!(copier.go_on(), GrantStatus::OKAY);
         assert!(!is_there(&scene, T));
         assert_eq!(scene.audit(), []);
     }
@@ -238,16 +287,12 @@ mod interleavings {
     fn rewriting_a_transitive_entry_in_use_does_not_pin_the_version() {
         let scene = scene(Scene::pv().granter_v2());
         pass_on(&scene, EntryFlags::empty());
-        let (parked, copier) = copy_in_flight(&scene, false);
+        let copier = copy_in_flight(&scene, false);
         scene.grant(G, Scene::GREF, C, scene.frame, EntryFlags::empty());
-        let parked = Arc::new(Mutex::new(Some((parked, copier))));
-        let finish = {
-            let parked = Arc::clone(&parked);
-            move || {
-                if let Some((parked, copier)) = parked.lock().unwrap().take() {
-                    parked.release();
-                    assert_eq!(copier.join().unwrap(), GrantStatus::OKAY);
-                }
+        let copier = Arc::new(Mutex::new(Some(copier)));
+        let finish = move || {
+            if let Some(copier) = copier.lock().unwrap().take() {
+                assert_eq!(copier.go_on(), GrantStatus::OKAY);
             }
         };
         let watch = scene.engine.hypervisor().watch();
@@ -268,12 +313,11 @@ mod interleavings {
     fn a_transitive_entry_in_use_for_writing_takes_one_more() {
         let scene = scene(Scene::pv().granter_v2());
         pass_on(&scene, EntryFlags::empty());
-        let (parked, copier) = copy_in_flight(&scene, true);
+        let copier = copy_in_flight(&scene, true);
         pass_on(&scene, EntryFlags::READONLY);
         assert_eq!(copy_grant(&scene, 1, true), GrantStatus::OKAY);
         assert!(scene.flags(G, Scene::GREF).contains(EntryFlags::IN_USE), "PIN-2");
-        parked.release();
-        assert_eq!(copier.join().unwrap(), GrantStatus::OKAY);
+        assert_eq!(copier.go_on(), GrantStatus::OKAY);
         let marks = scene.flags(G, Scene::GREF) & EntryFlags::IN_USE;
         assert_eq!(marks, EntryFlags::empty());
         assert_eq!(copy_grant(&scene, 1, true), GrantStatus::GENERAL_ERROR);

@@ -308,11 +308,14 @@ mod tests {
         let parked = scene.machine.hooks().park(Hook::UnmapFlushed);
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
-            scope.spawn(|| {
+            let actor = scope.spawn(|| {
                 assert_eq!(scene.unmap(scene.place(0), mapped.handle), GrantStatus::OKAY);
                 done.store(true, Ordering::Release);
             });
-            parked.wait();
+            while !parked.arrived() {
+                assert!(!actor.is_finished(), "it was over before it was flushed");
+                thread::yield_now();
+            }
             assert!(!done.load(Ordering::Acquire));
             assert!(marks(&scene).contains(EntryFlags::IN_USE), "not let go yet");
             assert_eq!(
