@@ -33,7 +33,7 @@ fn place(value: &Value) -> Place {
     }
 }
 
-/// All changes of the engine's files that `wanted` names (modules), or of all.
+/// All changes of the engine's files that `wanted` names (modules, or lines of them), or of all.
 pub fn changes(root: &Path, wanted: &[String]) -> Vec<Change> {
     let output = Command::new("cargo")
         .args(["mutants", "-p", "gnttab-engine", "--list", "--json"])
@@ -56,7 +56,7 @@ pub fn changes(root: &Path, wanted: &[String]) -> Vec<Change> {
         start: place(&value["span"]["start"]),
         end: place(&value["span"]["end"]),
     });
-    all.filter(|change| wanted.is_empty() || wanted.iter().any(|module| change.module() == module))
+    all.filter(|change| wanted.is_empty() || wanted.iter().any(|wanted| change.is_in(wanted)))
         .collect()
 }
 
@@ -66,5 +66,13 @@ impl Change {
             .file_stem()
             .and_then(|stem| stem.to_str())
             .unwrap_or_default()
+    }
+
+    /// `module`, or `module:line`.
+    fn is_in(&self, place: &str) -> bool {
+        let (module, line) = place
+            .split_once(':')
+            .map_or((place, None), |(module, line)| (module, Some(line)));
+        self.module() == module && line.is_none_or(|line| line.parse() == Ok(self.start.line))
     }
 }

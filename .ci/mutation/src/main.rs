@@ -5,7 +5,7 @@
 //! behind a switch (constants, values of other types) is built alone if it compiles at all.
 //!
 //! ```sh
-//! cargo run --release --manifest-path .ci/mutation/Cargo.toml -- [module...] > found.md
+//! cargo run --release --manifest-path .ci/mutation/Cargo.toml -- [module|module:line...] > found.md
 //! ```
 //!
 //! Prints a table for each module and each change that no test noticed.
@@ -25,7 +25,7 @@ use serde_json::Value;
 
 use list::Change;
 
-/// The tests that are asked, in this order, behind the unit tests. `found` waits for who never comes.
+/// The tests that are asked, in this order, behind the unit tests.
 const TESTS: [&str; 9] = [
     "memory_op",
     "observed",
