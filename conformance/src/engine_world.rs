@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use gnttab_abi::{Abi, Command, DomId, Gfn, Mfn};
-use gnttab_conformance::play::{World, pattern, play};
+use gnttab_conformance::play::{World, mix, pattern, play};
 use gnttab_conformance::puppet::{ARGUMENTS_ADDR, LIST_ADDR, SLOTS_ADDR};
 use gnttab_conformance::script::{
     AREA_PAGES, AREAS, OTHER, OTHER_ARGUMENTS, OTHER_LIST, OTHER_PAGES, OTHER_SLOTS_TABLE, OTHER_STATUS,
@@ -388,9 +388,13 @@ impl World for EngineWorld {
         done.expect("it is writable");
     }
 
-    fn page_word(&self, page: u64, word: usize) -> u64 {
-        let bytes = self.page_words[place_of(page)].read_bytes::<8>(word * 8);
-        u64::from_le_bytes(bytes.unwrap_or_default())
+    fn page_digest(&self, page: u64) -> u64 {
+        let mut bytes = [0; 4096];
+        let _ = self.page_words[place_of(page)].read(0, &mut bytes);
+        let (words, _) = bytes.as_chunks::<8>();
+        words
+            .iter()
+            .fold(0, |digest, word| mix(digest, u64::from_le_bytes(*word)))
     }
 
     fn reset_page(&mut self, page: u64) {

@@ -606,6 +606,10 @@ impl Generator<'_> {
                     2 => (to, len) = self.pick(&[(1, 4096), (4095, 2), (0xFFFF, 1), (4097, 0), (4096, 1)]),
                     _ => {}
                 }
+                if matches!(dest.0, Value::Page(TABLE..)) {
+                    // A frame number of which a part is overwritten is neither world's own, nor the same in both.
+                    (to, len) = (to & !7, len & !7);
+                }
                 // Words that the operation ignores.
                 let ignored = if self.one_in(30) { 0xFFFC } else { 0 };
                 vec![

@@ -29,6 +29,7 @@ mod script;
 mod session;
 mod vectors;
 
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -70,6 +71,9 @@ struct Args {
     /// One program in so many kills the other domain on its way, which costs a new start; 0: none.
     #[arg(long, default_value_t = 2000)]
     kills: u32,
+    /// Machines that run at once, each with programs of its own: as many as there are processors.
+    #[arg(long)]
+    machines: Option<u32>,
     /// Prints everything as JSON before the last line.
     #[arg(long)]
     json: bool,
@@ -159,6 +163,8 @@ fn run_all(args: &Args, settings: Settings) -> Result<Whole, XenError> {
         (Some(tools), "all") => Some(vectors::play(tools, settings, &accepted, "")?),
         (Some(tools), only) => Some(vectors::play(tools, settings, &accepted, only)?),
     };
+    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let processors = u32::try_from(processors).unwrap_or(u32::MAX);
     let programs = session::compare(
         tools.as_ref(),
         settings,
@@ -166,6 +172,7 @@ fn run_all(args: &Args, settings: Settings) -> Result<Whole, XenError> {
         args.seed,
         args.operations,
         args.most,
+        args.machines.unwrap_or(processors),
     )?;
     Ok(Whole {
         version: 1,

@@ -65,8 +65,8 @@ pub trait World {
     fn load(&self, slot: u64, offset: u16) -> u8;
     /// Stores a byte through a slot that is mapped writable.
     fn store(&mut self, slot: u64, offset: u16, byte: u8);
-    /// A word of a page's content; pages are the caller's and the other domain's.
-    fn page_word(&self, page: u64, word: usize) -> u64;
+    /// A digest of a page's content ([`mix`]); pages are the caller's and the other domain's.
+    fn page_digest(&self, page: u64) -> u64;
     /// Gives a page the content that it has at the start.
     fn reset_page(&mut self, page: u64);
     /// Pages of the other domain; 0 without one.
@@ -233,9 +233,15 @@ impl<W: World> Play<'_, W> {
     /// again unseen, so that it stands for nobody from here on.
     fn forget_dead_handles(&mut self) {
         let who = usize::from(self.acting);
-        for index in 0..self.known[who] {
-            if !self.is_live(self.handles[who][index]) {
-                self.handles[who][index] = NO_HANDLE;
+        for start in (0..self.known[who]).step_by(GROUP) {
+            let mut handles = [0; GROUP];
+            let group = start..self.known[who].min(start + GROUP);
+            handles[..group.len()].copy_from_slice(&self.handles[who][group.clone()]);
+            let live = self.live(&handles[..group.len()]);
+            for (at, handle) in self.handles[who][group].iter_mut().enumerate() {
+                if live & 1 << at == 0 {
+                    *handle = NO_HANDLE;
+                }
             }
         }
     }
@@ -280,6 +286,10 @@ impl<W: World> Play<'_, W> {
                 self.world.status_store(other, u64::from(index), value);
             }
             Head::SetPte { slot, page, writable } => {
+                if self.killed && u64::from(page) == OTHER_SLOTS_TABLE {
+                    // A dead domain's page tables are anybody's memory, or nobody's.
+                    return self.see("left out", 0, 1);
+                }
                 let page = (page != 0xFF).then_some((u64::from(page), writable));
                 let done = self.world.set_pte(u64::from(slot) % (2 * SLOTS), page);
                 self.see("page-table entry set", u64::from(slot), u64::from(done));
@@ -484,11 +494,14 @@ impl<W: World> Play<'_, W> {
             self.see(field.name, item, value);
         }
         // What lies between the fields.
+        let mut inside = 0_u64;
+        for field in fields(op) {
+            inside |= ((1 << field.size) - 1) << field.offset;
+        }
         let mut between = 0;
-        for at in 0..40 {
-            let inside = |field: &Field| (field.offset..field.offset + field.size).contains(&at);
-            if !fields(op).iter().any(inside) {
-                between |= u64::from(was[at] ^ is[at]);
+        for (at, (was, is)) in was.iter().zip(is).enumerate() {
+            if inside & 1 << at == 0 {
+                between |= u64::from(was ^ is);
             }
         }
         self.see("padding", item, between);
@@ -507,12 +520,7 @@ impl<W: World> Play<'_, W> {
     fn look_at_pages(&mut self) {
         let other = OTHER_PAGES..OTHER_PAGES + self.world.other_pages();
         for page in (0..PAGES).chain(other) {
-            let mut digest = 0_u64;
-            for word in 0..512 {
-                digest = (digest ^ self.world.page_word(page, word))
-                    .wrapping_mul(0x0000_0100_0000_01B3)
-                    .rotate_left(23);
-            }
+            let digest = self.world.page_digest(page);
             self.see("page", page, digest);
         }
     }
@@ -560,7 +568,7 @@ impl<W: World> Play<'_, W> {
 
     // --- cleaning up ----------------------------------------------------------------------------
 
-    /// Unmaps, as whoever acts.
+    /// Unmaps, as whoever acts: places, bus addresses and handles.
     fn unmap(&mut self, items: &[(u64, u64, u32)], statuses: &mut [i16]) {
         let area = if self.acting { OTHER_ARGUMENTS } else { 1 };
         for (index, (host, dev, handle)) in (0_u64..).zip(items) {
@@ -579,10 +587,20 @@ impl<W: World> Play<'_, W> {
         }
     }
 
-    fn is_live(&mut self, handle: u32) -> bool {
-        let mut status = [0];
-        self.unmap(&[(0, 0, handle)], &mut status);
-        status == [0]
+    /// Which of some handles stand for a mapping, as bits: unmapping nothing of it says so. Each call
+    /// is dear, the other domain's above all: one for all of them.
+    fn live(&mut self, handles: &[u32]) -> u64 {
+        let mut items = [(0, 0, 0); GROUP];
+        let mut statuses = [0; GROUP];
+        for (item, handle) in items.iter_mut().zip(handles) {
+            item.2 = *handle;
+        }
+        let handles = handles.len().min(GROUP);
+        if handles > 0 {
+            self.unmap(&items[..handles], &mut statuses);
+        }
+        let live = (0..handles).filter(|at| statuses[*at] == 0);
+        live.fold(0, |bits, at| bits | 1 << at)
     }
 
     /// Ends every mapping of a domain's that is left; how many there were, and how many are left.
@@ -596,23 +614,43 @@ impl<W: World> Play<'_, W> {
             }
         }
         let (mut live, mut left) = (0, 0);
+        let mut group = ([0; GROUP], 0);
+        let mut add = |play: &mut Self, handle: Option<u32>| {
+            if let Some(handle) = handle {
+                group.0[group.1] = handle;
+                group.1 += 1;
+            }
+            if group.1 == GROUP || handle.is_none() {
+                let bits = play.live(&group.0[..group.1]);
+                live += u64::from(bits.count_ones());
+                left += play.end_group(&group.0, bits);
+                group.1 = 0;
+            }
+        };
         if self.lost[who] {
             // Handles are dense: one that was not told is near those that were.
             for handle in 0..(most + 512).next_multiple_of(256) {
-                if self.is_live(handle) {
-                    live += 1;
-                    left += u64::from(!self.end_mapping(handle));
-                }
+                add(self, Some(handle));
             }
         } else {
+            let mut known = [0_u64; KNOWN / 64];
             for index in 0..self.known[who] {
                 let handle = self.handles[who][index];
-                if !self.handles[who][..index].contains(&handle) && self.is_live(handle) {
-                    live += 1;
-                    left += u64::from(!self.end_mapping(handle));
+                let again = match known.get_mut(handle as usize / 64) {
+                    Some(word) => {
+                        let bit = 1 << (handle % 64);
+                        let again = *word & bit != 0;
+                        *word |= bit;
+                        again
+                    }
+                    None => handle == NO_HANDLE || self.handles[who][..index].contains(&handle),
+                };
+                if !again {
+                    add(self, Some(handle));
                 }
             }
         }
+        add(self, None);
         self.see("live mappings at the end", u64::from(other), live);
         self.see("mappings that could not be ended", u64::from(other), left);
         (live, left)
@@ -670,20 +708,46 @@ impl<W: World> Play<'_, W> {
         left == 0 && failed == 0 && acts
     }
 
-    /// Ends a mapping, wherever it is: its page-table entry is looked for, or made again.
-    fn end_mapping(&mut self, handle: u32) -> bool {
+    /// Ends those of some mappings that are live, wherever they are; how many are left.
+    fn end_group(&mut self, handles: &[u32; GROUP], mut live: u64) -> u64 {
+        let mut left = 0;
+        while live != 0 {
+            // As many at once as there is room for.
+            let mut items = [(0, 0, 0); ENDED * PLACES];
+            let (mut ends, mut used) = ([0; ENDED], 0);
+            while live != 0 && used < ENDED {
+                let handle = handles[live.trailing_zeros() as usize];
+                live &= live - 1;
+                self.places(handle, &mut items[used * PLACES..][..PLACES]);
+                ends[used] = handle;
+                used += 1;
+            }
+            let mut statuses = [0; ENDED * PLACES];
+            self.unmap(&items[..used * PLACES], &mut statuses);
+            for (handle, statuses) in ends[..used].iter().zip(statuses.chunks(PLACES)) {
+                if statuses[PLACES - 1] == 0 {
+                    left += u64::from(!self.end_lost(*handle));
+                }
+            }
+        }
+        left
+    }
+
+    /// Where a mapping may be: at each of its domain's slots, by either name of it. Then a look
+    /// whether there is still one.
+    fn places(&self, handle: u32, items: &mut [(u64, u64, u32)]) {
         let first = if self.acting { SLOTS } else { 0 };
-        let mut statuses = [0; 32];
-        let mut items = [(0, 0, handle); 32];
-        for slot in 0..SLOTS {
-            let index = usize::try_from(slot).unwrap_or(0) * 2;
-            items[index].0 = self.world.slot(first + slot);
-            items[index + 1].0 = self.world.pte_addr(first + slot);
+        for (pair, slot) in items.chunks_mut(2).zip(first..first + SLOTS) {
+            pair[0] = (self.world.slot(slot), 0, handle);
+            pair[1] = (self.world.pte_addr(slot), 0, handle);
         }
-        self.unmap(&items, &mut statuses);
-        if statuses.contains(&-4) {
-            return true;
-        }
+        items[PLACES - 1] = (0, 0, handle);
+    }
+
+    /// Ends a mapping for a device, or one whose page-table entry is gone: that is made again, with
+    /// all pages in turn.
+    fn end_lost(&mut self, handle: u32) -> bool {
+        let first = if self.acting { SLOTS } else { 0 };
         let other = OTHER_PAGES..OTHER_PAGES + self.world.other_pages();
         let named = || {
             (0..=OTHER_SLOTS_TABLE)
@@ -691,27 +755,35 @@ impl<W: World> Play<'_, W> {
                 .chain(SPARE..SPARE + SPARES)
                 .chain([TABLE, STATUS, OTHER_TABLE, OTHER_STATUS])
         };
-        for page in named() {
-            let Some(frame) = self.world.frame(page) else {
-                continue;
-            };
-            self.unmap(&[(0, frame << 12, handle)], &mut statuses);
+        let mut items = [(0, 0, handle); GROUP];
+        let mut statuses = [0; GROUP];
+        let frames = named().filter_map(|page| self.world.frame(page));
+        let mut asked = 0;
+        for (item, frame) in items[..GROUP - 1].iter_mut().zip(frames) {
+            item.1 = frame << 12;
+            asked += 1;
         }
-        if !self.is_live(handle) {
+        self.unmap(&items[..=asked], &mut statuses);
+        if statuses[asked] != 0 {
             return true;
         }
-        for page in named() {
-            for writable in [true, false] {
-                self.world.set_pte(first, None);
-                if self.world.set_pte(first, Some((page, writable))) {
-                    let items = [
-                        (self.world.slot(first), 0, handle),
-                        (self.world.pte_addr(first), 0, handle),
-                    ];
-                    self.unmap(&items, &mut statuses);
-                    if !self.is_live(handle) {
-                        return true;
-                    }
+        let mut items = [(0, 0, 0); PLACES];
+        self.places(handle, &mut items);
+        for writable in [true, false] {
+            let mut pages = named();
+            loop {
+                let mut slots = 0;
+                for (slot, page) in (first..first + SLOTS).zip(pages.by_ref()) {
+                    self.world.set_pte(slot, None);
+                    self.world.set_pte(slot, Some((page, writable)));
+                    slots += 1;
+                }
+                if slots == 0 {
+                    break;
+                }
+                self.unmap(&items, &mut statuses);
+                if statuses[PLACES - 1] != 0 {
+                    return true;
                 }
             }
         }
@@ -723,6 +795,16 @@ impl<W: World> Play<'_, W> {
 const UNCHANGED: u64 = 0xFFFF_FFFF_FFFF_FFFE;
 /// Most arguments that a call gives one by one.
 const MOST_ITEMS: usize = 16;
+/// Handles that are asked after at once.
+const GROUP: usize = 64;
+/// Mappings that are ended at once.
+const ENDED: usize = 16;
+/// Where a mapping may be, and one more to see whether it is there.
+const PLACES: usize = 33;
+const _: () = assert!(PLACES as u64 == 2 * SLOTS + 1);
+/// Handles below this are known again by a bit.
+const KNOWN: usize = 0x8000;
+const _: () = assert!((ENDED * PLACES) as u64 * 24 <= AREA_END);
 /// Where an area of lists ends.
 const AREA_END: u64 = crate::script::AREA_PAGES * 4096;
 
@@ -741,6 +823,12 @@ fn word(bytes: &[u8]) -> u64 {
     let mut word = [0; 8];
     word[..bytes.len()].copy_from_slice(bytes);
     u64::from_le_bytes(word)
+}
+
+/// Adds a word to the digest of a page's content: not more than an emulated processor does in a moment.
+#[must_use]
+pub const fn mix(digest: u64, word: u64) -> u64 {
+    digest.rotate_left(23).wrapping_add(word)
 }
 
 /// A word of what a page holds at the start.

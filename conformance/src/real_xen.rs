@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -387,7 +388,9 @@ fn memory_path() -> PathBuf {
     } else {
         std::env::temp_dir()
     };
-    folder.join(format!("gnttab-conformance-{}", std::process::id()))
+    static MACHINES: AtomicU32 = AtomicU32::new(0);
+    let machine = MACHINES.fetch_add(1, Ordering::Relaxed);
+    folder.join(format!("gnttab-conformance-{}-{machine}", std::process::id()))
 }
 
 fn silent(script: u64, lines: &[String]) -> XenError {

@@ -45,6 +45,18 @@ pub(crate) struct Report {
 }
 
 impl Report {
+    fn new(seed: u64) -> Report {
+        Report {
+            seed,
+            operations: 0,
+            items: 0,
+            scripts: 0,
+            answers: BTreeMap::new(),
+            xen: 0,
+            differences: Vec::new(),
+        }
+    }
+
     /// How many differences are not listed.
     pub(crate) fn unlisted(&self) -> usize {
         self.differences
@@ -57,7 +69,7 @@ impl Report {
 /// A program whose answers differ.
 #[derive(Debug, Serialize)]
 pub(crate) struct Difference {
-    /// Its number in the run.
+    /// Its number in the run of its machine.
     pub(crate) script: u64,
     /// Frames that the caller's table and the other domain's had before.
     pub(crate) frames: [u32; 2],
@@ -189,7 +201,8 @@ fn operations(steps: &[Step]) -> (u64, u64) {
     })
 }
 
-/// Plays programs until there were enough operations, or enough differences.
+/// Plays programs until there were enough operations, or enough differences: on so many machines at
+/// once, each with programs of its own.
 pub(crate) fn compare(
     tools: Option<&Tools>,
     settings: Settings,
@@ -197,21 +210,50 @@ pub(crate) fn compare(
     seed: u64,
     enough: u64,
     most: usize,
+    machines: u32,
 ) -> Result<Report, XenError> {
-    let mut report = Report {
-        seed,
-        operations: 0,
-        items: 0,
-        scripts: 0,
-        answers: BTreeMap::new(),
-        xen: 0,
-        differences: Vec::new(),
-    };
-    let mut rng = Rng::with_seed(seed);
     let Some(tools) = tools else {
-        engine_only(&mut rng, settings, enough, &mut report);
+        let mut report = Report::new(seed);
+        engine_only(&mut Rng::with_seed(seed), settings, enough, &mut report);
         return Ok(report);
     };
+    let machines = u64::from(machines.max(1));
+    let share = enough.div_ceil(machines);
+    let on_one = |machine: u64| {
+        // The first has the programs that it would have alone.
+        let mut seeds = Rng::with_seed(seed);
+        let rng = (0..machine).fold(Rng::with_seed(seed), |_, _| seeds.fork());
+        compare_one(tools, settings, accepted, rng, Report::new(seed), share, most)
+    };
+    let reports: Result<Vec<Report>, XenError> = std::thread::scope(|scope| {
+        let running: Vec<_> = (0..machines)
+            .map(|machine| scope.spawn(move || on_one(machine)))
+            .collect();
+        let joined = running.into_iter().map(|one| one.join());
+        joined
+            .map(|report| report.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    let mut whole = Report::new(seed);
+    for report in reports? {
+        whole.operations += report.operations;
+        whole.items += report.items;
+        whole.scripts += report.scripts;
+        whole.xen = report.xen;
+        whole.differences.extend(report.differences);
+    }
+    Ok(whole)
+}
+
+fn compare_one(
+    tools: &Tools,
+    settings: Settings,
+    accepted: &Accepted,
+    mut rng: Rng,
+    mut report: Report,
+    enough: u64,
+    most: usize,
+) -> Result<Report, XenError> {
     let mut pair = Pair::start(tools, settings)?;
     report.xen = pair.xen.version;
     let mut waiting: VecDeque<Vec<Step>> = VecDeque::new();
@@ -632,7 +674,7 @@ mod tests {
         };
         let list = Accepted::read().expect("it is JSON");
         for settings in [ROOMY, tight] {
-            let report = compare(None, settings, &list, 11, 3000, 1).expect("no emulator is asked");
+            let report = compare(None, settings, &list, 11, 3000, 1, 1).expect("no emulator is asked");
             assert!(report.differences.is_empty(), "{:?}", report.differences);
             let mapped = &report.answers["map_grant_ref status"];
             assert!(mapped[&0] > 200, "most programs are valid: {mapped:?}");

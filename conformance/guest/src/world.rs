@@ -3,7 +3,7 @@
 use core::cell::UnsafeCell;
 
 use gnttab_conformance::mailbox::Meeting;
-use gnttab_conformance::play::World;
+use gnttab_conformance::play::{World, mix, pattern};
 use gnttab_conformance::puppet::{ARGUMENTS_ADDR, LIST_ADDR, SLOTS_ADDR};
 use gnttab_conformance::script::{
     AREA_PAGES, AREAS, OTHER, OTHER_ARGUMENTS, OTHER_LIST, OTHER_PAGES, OTHER_SLOTS_TABLE, OTHER_STATUS,
@@ -12,8 +12,8 @@ use gnttab_conformance::script::{
 
 use crate::other;
 use crate::xen::{
-    Pages, flush, frame_of, hypercall, load_bytes, load8, load16, load64, map, map_foreign, pte_of, set_pte_of,
-    store_bytes, store8, store16, store32, store64,
+    Pages, flush, frame_of, hypercall, load_bytes, load8, load16, load64, map, map_foreign, pte_of,
+    set_pte_of, store_bytes, store8, store16, store32, store64,
 };
 
 const GRANT_TABLE_OP: u64 = 20;
@@ -153,7 +153,10 @@ impl Table {
         for index in 0..frames {
             let frame = load64(list + index as u64 * 8);
             if !dead && (index >= self.frames || self.frame[index] != frame) {
-                self.show(TABLE_WINDOW[usize::from(self.other)].addr() + index as u64 * 4096, frame);
+                self.show(
+                    TABLE_WINDOW[usize::from(self.other)].addr() + index as u64 * 4096,
+                    frame,
+                );
             }
             self.frame[index] = frame;
         }
@@ -180,7 +183,10 @@ impl Table {
             for index in 0..wanted {
                 let frame = load64(list + index as u64 * 8);
                 if index >= self.status_frames || self.status[index] != frame {
-                    self.show(STATUS_WINDOW[usize::from(self.other)].addr() + index as u64 * 4096, frame);
+                    self.show(
+                        STATUS_WINDOW[usize::from(self.other)].addr() + index as u64 * 4096,
+                        frame,
+                    );
                 }
                 self.status[index] = frame;
             }
@@ -246,7 +252,10 @@ impl RealXen {
     /// Gets to know the other domain, that the runner has made.
     pub fn meet(&mut self, other: &Meeting) {
         let see = |there: u64, frame: u64, bits: u64| {
-            assert!(map_foreign(there, frame << 12 | bits, OTHER), "the other domain's page");
+            assert!(
+                map_foreign(there, frame << 12 | bits, OTHER),
+                "the other domain's page"
+            );
         };
         for (page, frame) in (0..).zip(other.pages) {
             see(OTHER_PAGE.addr() + page * 4096, frame, RW);
@@ -268,7 +277,9 @@ impl RealXen {
     }
 
     fn met(&self) -> &Meeting {
-        self.other.as_ref().expect("the runner tells of the other domain first")
+        self.other
+            .as_ref()
+            .expect("the runner tells of the other domain first")
     }
 
     /// A new page holds what its last owner left in it.
@@ -423,7 +434,9 @@ impl World for RealXen {
         };
         let others = page.is_some_and(|(name, _)| {
             (SPARE..TABLE).contains(&name) && self.owner(name - SPARE) == Some(true)
-                || name == OTHER_SLOTS_TABLE || (OTHER_PAGES..SPARE).contains(&name) || name >= OTHER_TABLE
+                || name == OTHER_SLOTS_TABLE
+                || (OTHER_PAGES..SPARE).contains(&name)
+                || name >= OTHER_TABLE
         });
         if slot >= SLOTS {
             // The kernel may write the other domain's page tables, with its pages and its own.
@@ -447,16 +460,15 @@ impl World for RealXen {
         store8(self.slot(slot) + u64::from(offset), byte);
     }
 
-    fn page_word(&self, page: u64, word: usize) -> u64 {
-        load64(home_of(page) + word as u64 * 8)
+    fn page_digest(&self, page: u64) -> u64 {
+        let words = (home_of(page)..).step_by(8).take(512);
+        words.fold(0, |digest, at| mix(digest, load64(at)))
     }
 
     fn reset_page(&mut self, page: u64) {
+        let home = home_of(page);
         for word in 0..512 {
-            store64(
-                home_of(page) + word * 8,
-                gnttab_conformance::play::pattern(page, word),
-            );
+            store64(home + word * 8, pattern(page, word));
         }
     }
 

@@ -82,17 +82,38 @@ pub fn store32(addr: u64, value: u32) {
     unsafe { (addr as *mut u32).write_volatile(value) }
 }
 
-/// Copies from mapped memory.
+/// Copies from mapped memory, whole words where it can.
 pub fn load_bytes(addr: u64, into: &mut [u8]) {
-    for (at, byte) in (addr..).zip(into) {
-        *byte = load8(at);
+    let mut at = addr;
+    let mut rest = into;
+    while !rest.is_empty() {
+        let whole = at.is_multiple_of(8) && rest.len() >= 8;
+        let (part, after) = rest.split_at_mut(if whole { 8 } else { 1 });
+        if whole {
+            part.copy_from_slice(&load64(at).to_le_bytes());
+        } else {
+            part[0] = load8(at);
+        }
+        at += part.len() as u64;
+        rest = after;
     }
 }
 
-/// Copies into mapped memory.
+/// Copies into mapped memory, whole words where it can.
 pub fn store_bytes(addr: u64, bytes: &[u8]) {
-    for (at, byte) in (addr..).zip(bytes) {
-        store8(at, *byte);
+    let mut at = addr;
+    let mut rest = bytes;
+    while let Some(first) = rest.first() {
+        match rest.first_chunk() {
+            Some(word) if at.is_multiple_of(8) => {
+                store64(at, u64::from_le_bytes(*word));
+                (at, rest) = (at + 8, &rest[8..]);
+            }
+            _ => {
+                store8(at, *first);
+                (at, rest) = (at + 1, &rest[1..]);
+            }
+        }
     }
 }
 
