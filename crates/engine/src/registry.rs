@@ -124,7 +124,8 @@ impl<H: Hypervisor> Registry<H> {
 
     /// The numbers of all domains, in order.
     pub(crate) fn ids(&self) -> impl Iterator<Item = DomId> + '_ {
-        (0..NUMBERS).map(DomId).filter(|id| {
+        let made = u16::try_from(self.domains.made()).unwrap_or(NUMBERS);
+        (0..made.min(NUMBERS)).map(DomId).filter(|id| {
             let place = self.domains.get(usize::from(id.0));
             place.is_some_and(|place| !place.load(Ordering::Acquire).is_null())
         })

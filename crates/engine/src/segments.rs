@@ -93,6 +93,15 @@ impl<T, const FIRST: usize, const SEGMENTS: usize> Segments<T, FIRST, SEGMENTS> 
         if have >= len { Ok(()) } else { Err(OutOfMemory) }
     }
 
+    /// Elements that there are.
+    pub(crate) fn made(&self) -> usize {
+        let there = self
+            .segments
+            .iter()
+            .take_while(|slot| !slot.load(Ordering::Acquire).is_null());
+        (0..there.count()).map(Self::size).sum()
+    }
+
     /// Bytes of memory behind the array.
     pub(crate) fn bytes(&self) -> usize {
         let live = |(k, s): (usize, &AtomicPtr<T>)| {

@@ -112,7 +112,7 @@ impl Frame {
 
     pub(super) fn is_poisoned(&self) -> bool {
         let mut bytes = [0; PAGE_SIZE];
-        self.words.read(0, &mut bytes) && bytes.iter().all(|byte| *byte == POISON)
+        self.words.read(0, &mut bytes) && bytes == [POISON; PAGE_SIZE]
     }
 }
 

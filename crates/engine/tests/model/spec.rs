@@ -292,7 +292,8 @@ impl Model {
     fn ptes(&self) -> impl Iterator<Item = (DomId, u64)> + '_ {
         let tables = self.doms.iter().filter_map(|(id, dom)| Some((*id, dom.l1?)));
         tables.flat_map(move |(id, l1)| {
-            let all = (0..512).map(move |i| (id, self.read(l1, i * 8, 8)));
+            let (words, _) = self.frames[&l1].bytes.as_chunks::<8>();
+            let all = words.iter().map(move |word| (id, u64::from_le_bytes(*word)));
             all.filter(|(_, pte)| pte & 1 != 0)
         })
     }
