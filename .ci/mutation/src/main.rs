@@ -26,7 +26,8 @@ use serde_json::Value;
 use list::Change;
 
 /// The tests that are asked, in this order, behind the unit tests.
-const TESTS: [&str; 9] = [
+const TESTS: [&str; 10] = [
+    "edges",
     "memory_op",
     "observed",
     "machine_backends",
@@ -38,7 +39,7 @@ const TESTS: [&str; 9] = [
     "coverage",
 ];
 /// So many of them are quick.
-const QUICK: usize = 7;
+const QUICK: usize = 8;
 const ENGINE: &str = "crates/engine";
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

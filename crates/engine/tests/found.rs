@@ -253,14 +253,16 @@ mod interleavings {
     /// G's entry 5 passes T's entry 9 on to C.
     fn pass_on(scene: &Watched, flags: EntryFlags) {
         scene.grant(T, GrantRef(9), G, scene.far, EntryFlags::empty());
+        pass_on_entry(scene, GrantRef(9), flags);
+    }
+
+    /// G's entry 5 passes an entry of T's on to C.
+    fn pass_on_entry(scene: &Watched, gref: GrantRef, flags: EntryFlags) {
         let head = EntryHead {
             flags: EntryFlags::TRANSITIVE | flags,
             domid: C,
         };
-        let body = EntryBodyV2::Transitive {
-            trans_domid: T,
-            gref: GrantRef(9),
-        };
+        let body = EntryBodyV2::Transitive { trans_domid: T, gref };
         scene.set_v2(G, Scene::GREF, EntryV2::new(head, body));
     }
 
@@ -321,6 +323,51 @@ mod interleavings {
         let marks = scene.flags(G, Scene::GREF) & EntryFlags::IN_USE;
         assert_eq!(marks, EntryFlags::empty());
         assert_eq!(copy_grant(&scene, 1, true), GrantStatus::GENERAL_ERROR);
+        assert_eq!(scene.audit(), []);
+    }
+
+    /// Spec 5.4 step 7f: an entry in use that passes another far entry on by now, of the same frame at that,
+    /// is not counted as a use of what it passed on: each far entry is let go as often as it was taken.
+    #[test]
+    fn an_entry_in_use_is_not_taken_for_another_far_entry() {
+        let scene = scene(Scene::pv().granter_v2());
+        pass_on(&scene, EntryFlags::empty());
+        let copier = copy_in_flight(&scene, false);
+        scene.grant(T, GrantRef(10), G, scene.far, EntryFlags::empty());
+        pass_on_entry(&scene, GrantRef(10), EntryFlags::empty());
+        assert_eq!(copy_grant(&scene, 1, true), GrantStatus::GENERAL_ERROR, "D-4");
+        assert_eq!(scene.flags(T, GrantRef(10)), EntryFlags::PERMIT_ACCESS);
+        assert_eq!(copier.go_on(), GrantStatus::OKAY);
+        assert_eq!(scene.flags(T, GrantRef(9)), EntryFlags::PERMIT_ACCESS);
+        assert_eq!(copy_grant(&scene, 1, true), GrantStatus::OKAY);
+        assert_eq!(scene.audit(), []);
+    }
+
+    /// As above, of an entry that is in use as a part of a page: the part's numbers are the far entry's.
+    #[test]
+    fn a_part_in_use_is_not_taken_for_a_far_entry() {
+        let scene = scene(Scene::pv().granter_v2());
+        let head = EntryHead {
+            flags: EntryFlags::PERMIT_ACCESS | EntryFlags::SUB_PAGE,
+            domid: C,
+        };
+        let body = EntryBodyV2::SubPage {
+            page_off: 3,
+            length: 9,
+            frame: scene.frame.gfn.0,
+        };
+        assert_eq!(T.0, 3);
+        scene.set_v2(G, Scene::GREF, EntryV2::new(head, body));
+        let inside = Arc::clone(&scene);
+        let copier = Stopped::at(Hook::CopyMapped, scene.machine.hooks(), move || {
+            let own = CopyPtr::frame(inside.local[0].gfn.0, 0);
+            let part = CopyPtr::grant(G, Scene::GREF, 3);
+            copy(&inside, 0, part, own, CopyFlags::SOURCE_GREF)
+        });
+        pass_on(&scene, EntryFlags::empty());
+        assert_eq!(copy_grant(&scene, 1, true), GrantStatus::GENERAL_ERROR, "D-4");
+        assert_eq!(scene.flags(T, GrantRef(9)), EntryFlags::PERMIT_ACCESS);
+        assert_eq!(copier.go_on(), GrantStatus::OKAY);
         assert_eq!(scene.audit(), []);
     }
 }

@@ -9,7 +9,7 @@ mod tests {
         Abi, AcquireResource, AddToPhysmap, AddToPhysmapBatch, DomId, Errno, Gfn, MEMOP_ACQUIRE_RESOURCE,
         MEMOP_ADD_TO_PHYSMAP, MEMOP_ADD_TO_PHYSMAP_BATCH, MapFlags,
     };
-    use gnttab_engine::machine::{C, G, P, Scene};
+    use gnttab_engine::machine::{C, G, P, P2mEntry, Scene};
     use gnttab_engine::{Config, DomainKind, Fault, GuestMemory, MemoryOutcome, Reference, Vcpu};
 
     /// One page of a caller's memory, at address 0x1000.
@@ -168,6 +168,102 @@ mod tests {
         assert!(scene.engine.domain(G).unwrap().frames().0 >= 32);
     }
 
+    /// Spec 6.1 step 1: what 4.17 denies, it denies translated callers that are not in control, and only
+    /// 4.17 does.
+    #[test]
+    fn x34_only_4_17_denies_and_only_translated_callers() {
+        let wrong = AcquireResource { pad: 1, ..resource() };
+        for (kind, old, expected) in [
+            (DomainKind::Hvm, true, Errno::Acces),
+            (DomainKind::Hvm, false, Errno::Inval),
+            (DomainKind::Pv, true, Errno::Inval),
+            (DomainKind::Pv, false, Errno::Inval),
+        ] {
+            let builder = Scene::pv().kind(C, kind);
+            let scene = if old { builder.v4_17() } else { builder }.build();
+            let done = acquire(&scene, C, Abi::X86_64, &wrong).0;
+            assert_eq!(done, failed(expected), "{kind:?}, 4.17: {old}");
+        }
+    }
+
+    /// Spec 6.1 step 9: the last number that is allowed comes as far as the list, which is not there.
+    #[test]
+    fn the_last_allowed_number_of_frames() {
+        for (nr_frames, expected) in [(0x3FF_FFFF, Errno::Fault), (0x400_0000, Errno::Inval)] {
+            let scene = Scene::pv().build();
+            let call = AcquireResource {
+                nr_frames,
+                frame_list: 0x9_0000,
+                ..resource()
+            };
+            let done = acquire(&scene, P, Abi::X86_64, &call).0;
+            assert_eq!(done, failed(expected), "{nr_frames:#x}");
+        }
+    }
+
+    /// Spec 6.1 step 10: the last slice ends with what was asked for: no frame is made beyond, and no
+    /// element of the list written.
+    #[test]
+    fn the_last_slice_ends_with_the_list() {
+        let scene = Scene::pv().build();
+        let call = AcquireResource {
+            nr_frames: 40,
+            frame: 1,
+            frame_list: AT + 64,
+            ..resource()
+        };
+        let (done, page) = acquire(&scene, P, Abi::X86_64, &call);
+        assert_eq!(done, OKAY);
+        let granter = scene.engine.domain(G).unwrap();
+        assert_eq!(granter.frames().0, 41);
+        for element in 0..42_u32 {
+            let at = 64 + element as usize * 8;
+            let number = u64::from_le_bytes(page.0.borrow()[at..at + 8].try_into().unwrap());
+            let frame = if element < 40 {
+                granter.shared_frame(1 + element).unwrap().mfn().0
+            } else {
+                0
+            };
+            assert_eq!(number, frame, "element {element}");
+        }
+    }
+
+    /// Spec 6.1 step 10, a translated caller: a place that cannot be had gives its own reason if it is the
+    /// first of a slice, and -EIO if it comes later; what is placed by then stays.
+    #[test]
+    fn a_place_that_cannot_be_had_says_why_if_it_is_the_first() {
+        let scene = Scene::pv().kind(P, DomainKind::Hvm).build();
+        let caller = scene.engine.domain(P).unwrap();
+        let mmio = Gfn(0x402);
+        let registers = P2mEntry::DirectMmio(gnttab_abi::Mfn(0xF_EE00));
+        assert!(caller.private().set_physmap(mmio, Some(registers)));
+        for (places, expected) in [
+            ([0x402, 0x400], failed(Errno::Perm)),
+            ([0x400, 0x402], failed(Errno::Io)),
+            ([0x403, 0x401], OKAY),
+        ] {
+            let call = AcquireResource {
+                nr_frames: 2,
+                frame_list: AT + 64,
+                ..resource()
+            };
+            let page = Page(RefCell::new([0; 4096]));
+            call.encode(Abi::X86_64, &mut page.0.borrow_mut()[..]).unwrap();
+            for (at, place) in (AT + 64..).step_by(8).zip(places) {
+                page.write(at, &u64::to_le_bytes(place)).unwrap();
+            }
+            let vcpu = Vcpu::take(&caller, 0).unwrap();
+            let mut cpu = scene.engine.any_processor().unwrap();
+            let done = cpu.memory_op(&vcpu, Abi::X86_64, MEMOP_ACQUIRE_RESOURCE, AT, &page);
+            assert_eq!(done, expected, "{places:x?}");
+        }
+        let table = |index| scene.engine.domain(G).unwrap().shared_frame(index).unwrap().mfn();
+        for (index, place) in [(0, 0x400), (0, 0x403), (1, 0x401)] {
+            let there = caller.private().physmap(Gfn(place));
+            assert_eq!(there, Some(P2mEntry::Foreign(table(index))));
+        }
+    }
+
     #[test]
     fn other_spaces_resources_and_commands_are_the_embedders() {
         let scene = Scene::pv().build();
@@ -255,10 +351,7 @@ mod tests {
             assert_eq!(answers, expected, "{abi:?}");
             let frame = |index| domain.shared_frame(index).unwrap().mfn();
             for (index, gfn) in [(2, 0x301), (0, 0x300), (1, 0x303)] {
-                let there = domain
-                    .private()
-                    .physmap(Gfn(gfn))
-                    .and_then(gnttab_engine::machine::P2mEntry::own_ram);
+                let there = domain.private().physmap(Gfn(gfn)).and_then(P2mEntry::own_ram);
                 assert_eq!(there, Some(frame(index)), "{abi:?}: frame {index}");
             }
             assert_eq!(domain.private().physmap(Gfn(0x302)), None);
