@@ -621,7 +621,7 @@ mod tests {
     fn whatever_the_alignment_the_bytes_named_move_and_no_others() {
         let (page, bytes) = numbered();
         for (from, to) in [(0, 0), (8, 16), (16, 8), (3, 8), (8, 3), (5, 13), (4000, 1)] {
-            for len in [0, 1, 7, 8, 9, 16, 63, 64, 65, 96] {
+            for len in [0, 1, 2, 7, 8, 9, 16, 24, 32, 40, 63, 64, 65, 96] {
                 let (at, end, there) = (usize::from(from), usize::from(from + len), usize::from(to));
                 let mut expected = vec![0; 4096];
                 expected[there..there + usize::from(len)].copy_from_slice(&bytes[at..end]);
