@@ -330,10 +330,11 @@ impl Model {
     /// Frames that the devices of a domain can reach by grant (spec 4.6).
     fn iommu_reach(&self, l: DomId) -> BTreeSet<Mfn> {
         let dom = &self.doms[&l];
-        let foreign = dom
-            .maptrack
-            .values()
-            .filter(|record| dom.iommu && record.granter != l);
+        let all = if dom.iommu { Some(&dom.maptrack) } else { None };
+        let foreign = all
+            .into_iter()
+            .flat_map(BTreeMap::values)
+            .filter(|record| record.granter != l);
         foreign
             .map(|record| self.doms[&record.granter].active[&record.gref].mfn)
             .collect()
@@ -370,6 +371,10 @@ impl Model {
     /// Frees what nobody references, and lets go of dead domains that nobody uses.
     pub(crate) fn sweep(&mut self) {
         let free_unused = |model: &mut Model| {
+            // What its owner has not given up is referenced by that.
+            if model.frames.values().all(|frame| frame.allocated) {
+                return;
+            }
             let references = model.all_references();
             assert!(
                 references.keys().all(|mfn| model.frames.contains_key(mfn)),
