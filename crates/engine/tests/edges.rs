@@ -347,6 +347,24 @@ mod tests {
         assert_eq!(scene.flags(G, Scene::GREF), EntryFlags::PERMIT_ACCESS);
     }
 
+    /// Spec 3.9 step 5: an entry in use keeps the table's version, wherever it lies, from the first that is
+    /// not reserved on.
+    #[test]
+    fn an_entry_in_use_anywhere_keeps_the_version() {
+        for (version, other, entries) in [(Version::V1, 2, 512), (Version::V2, 1, 256)] {
+            for gref in [8, 9, 63, 64, 65, 128, entries - 1].map(GrantRef) {
+                let scene = Scene::pv().version(G, version).build();
+                let change = || scene.processor().set_version(&scene.vcpu(G, 0), other);
+                scene.grant(G, gref, C, scene.frame, EntryFlags::empty());
+                let mapped = scene.map_as(C, G, gref, scene.place(0), MapFlags::HOST_MAP);
+                assert_eq!(mapped.status, GrantStatus::OKAY);
+                assert_eq!(change(), Err(Errno::Busy), "{gref}");
+                assert_eq!(scene.unmap(scene.place(0), mapped.handle), GrantStatus::OKAY);
+                assert_eq!(change(), Ok(()), "{gref}");
+            }
+        }
+    }
+
     /// Spec 7.4: a soft reset counts all entries in use, and names ten.
     #[test]
     fn a_soft_reset_names_ten_and_counts_all() {

@@ -172,11 +172,13 @@ mod sequences {
 /// Interleavings of two or three actors, each forced by stopping one of them.
 #[cfg(test)]
 mod interleavings {
-    use std::sync::{Arc, Mutex};
+    use std::sync::{Arc, Mutex, mpsc};
     use std::thread;
+    use std::time::Duration;
 
     use gnttab_abi::{
         Copy, CopyFlags, CopyPtr, DomId, EntryBodyV2, EntryFlags, EntryHead, EntryV2, GrantRef, GrantStatus,
+        MapFlags, UnmapGrantRef,
     };
     use gnttab_engine::machine::{
         Answer, Between, C, G, Machine, Request, Scene, SceneBuilder, T, Verdict, Watch,
@@ -368,6 +370,38 @@ mod interleavings {
         assert_eq!(copy_grant(&scene, 1, true), GrantStatus::GENERAL_ERROR, "D-4");
         assert_eq!(scene.flags(T, GrantRef(9)), EntryFlags::PERMIT_ACCESS);
         assert_eq!(copier.go_on(), GrantStatus::OKAY);
+        assert_eq!(scene.audit(), []);
+    }
+
+    /// Spec 3.4: who unmaps while somebody else fails to is not told that the handle is bad: it is not.
+    #[test]
+    fn an_unmap_that_fails_takes_no_handle_from_another() {
+        let scene = scene(Scene::pv());
+        let mapped = scene.map(scene.place(0), MapFlags::HOST_MAP);
+        assert_eq!(mapped.status, GrantStatus::OKAY);
+        let unmap = move |scene: &Watched, vcpu, place| {
+            let mut items = [UnmapGrantRef {
+                host_addr: scene.place(place),
+                handle: mapped.handle,
+                ..UnmapGrantRef::default()
+            }];
+            scene.processor().unmap(&scene.vcpu(C, vcpu), &mut items);
+            items[0].status
+        };
+        let (tell, told) = mpsc::channel();
+        let inside = Arc::clone(&scene);
+        // In the middle of the one that fails, since nothing is mapped where it looks.
+        let meanwhile = move || {
+            let other = thread::spawn(move || unmap(&inside, 1, 0));
+            // For it to come as far as it can; it waits for this one then.
+            thread::sleep(Duration::from_millis(20));
+            tell.send(other).unwrap();
+        };
+        let watch = scene.engine.hypervisor().watch();
+        watch.first(|request| matches!(request, Request::UnmapHost { .. }), meanwhile);
+        assert_eq!(unmap(&scene, 0, 1), GrantStatus::GENERAL_ERROR);
+        assert_eq!(told.recv().unwrap().join().unwrap(), GrantStatus::OKAY);
+        assert_eq!(scene.flags(G, Scene::GREF), EntryFlags::PERMIT_ACCESS);
         assert_eq!(scene.audit(), []);
     }
 }
