@@ -114,6 +114,7 @@ impl<'a> Visit<'a> for Elsewhere {
             Item::Impl(item) => self.look(&item.attrs, item),
             Item::Mod(item) => self.look(&item.attrs, item),
             Item::Const(item) => self.look(&item.attrs, item),
+            Item::Struct(item) => self.look(&item.attrs, item),
             _ => {}
         }
         visit::visit_item(self, item);
