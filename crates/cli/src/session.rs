@@ -420,6 +420,7 @@ impl Session {
 
     /// Puts a new domain, of the same number, in the place of one that has ended.
     fn replace(&mut self, index: usize) -> Result<(), Failure> {
+        self.wait_until_let_go(index)?;
         self.create(index)?;
         for number in 0..self.disks.len() {
             let spec = self.vbd(number);
@@ -429,6 +430,23 @@ impl Session {
                 // Its backend finds the old directories gone, lets go, and finds new ones.
                 toolstack::create(&mut self.store, &spec).map_err(failed)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Waits until nobody uses pages of a domain that has ended any more: its number is free then.
+    fn wait_until_let_go(&self, index: usize) -> Result<(), Failure> {
+        let Running { id, plan, .. } = &self.domains[index];
+        let deadline = Instant::now() + PATIENCE;
+        while self.monitor.domain(*id).is_ok() {
+            if Instant::now() > deadline {
+                let why = format!(
+                    "domain {}: others still use its pages, {PATIENCE:?} after its end",
+                    plan.name
+                );
+                return Err(Failure::new(why).next("`gnttab dump` says who"));
+            }
+            thread::sleep(Duration::from_millis(2));
         }
         Ok(())
     }

@@ -122,6 +122,24 @@ fn killing_the_frontend_loses_nothing_and_another_takes_over() {
     assert!(served.stop().0.success());
 }
 
+/// The frontend's pages stay in use until its backend has noticed.
+#[test]
+fn a_backend_that_lets_go_late_is_waited_for() {
+    let mut served = Served::patterned(&[], 1 << 20);
+    let mut client = Client::connect(&served.socket()).unwrap();
+    assert!(client.read(0, 4096).unwrap() == pattern(7, 4096));
+    kill(served.pid("backend"), "STOP");
+    kill(served.pid("frontend"), "KILL");
+    thread::sleep(Duration::from_millis(1200));
+    kill(served.pid("backend"), "CONT");
+    let event = served.event();
+    assert_eq!(event["event"], "restarted", "{event}");
+    let mut client = Client::connect(&served.socket()).unwrap();
+    assert!(client.read(0, 4096).unwrap() == pattern(7, 4096));
+    drop(client);
+    assert!(served.stop().0.success());
+}
+
 /// Each order, and gaps within which the first death may or may not have been noticed when the second comes.
 #[test]
 fn killing_both_domains_replaces_both() {
