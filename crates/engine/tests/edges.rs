@@ -8,11 +8,14 @@ mod tests {
     use std::cell::RefCell;
 
     use gnttab_abi::{
-        Abi, Command, Copy, CopyFlags, CopyPtr, DomId, EntryFlags, Errno, GetStatusFrames, Gfn, GrantRef,
-        GrantStatus, MapFlags, MapGrantRef, Op, SetupTable, SwapGrantRef, UnmapGrantRef,
+        Abi, Command, Copy, CopyFlags, CopyPtr, DomId, EntryBodyV2, EntryFlags, EntryHead, EntryV2, Errno,
+        GetStatusFrames, Gfn, GrantRef, GrantStatus, MapFlags, MapGrantRef, Op, SetupTable, SwapGrantRef,
+        UnmapAndReplace, UnmapGrantRef,
     };
-    use gnttab_engine::machine::{C, G, Guest, P2mEntry, Page, Scene, T};
-    use gnttab_engine::{Call, DomainKind, Fault, GuestMemory, Outcome, Release, Vcpu, Version};
+    use gnttab_engine::machine::{Between, C, G, Guest, P2mEntry, Page, Request, Scene, T, Verdict, Watch};
+    use gnttab_engine::{
+        Access, Call, DomainKind, Fault, GuestMemory, Outcome, PageWords, Release, Vcpu, Version,
+    };
 
     const AT: u64 = 0x10_0000;
 
@@ -95,6 +98,15 @@ mod tests {
             .hypercall(&scene.vcpu(C, 0), abi, call, memory, yield_now)
     }
 
+    /// A domain's table has so many frames from now on.
+    fn grow(scene: &Scene, id: DomId, frames: u32) {
+        let vcpu = scene.vcpu(id, 0);
+        let grown = scene
+            .processor()
+            .setup_table(&vcpu, DomId::SELF, frames, None, &mut |_, _| true);
+        assert_eq!(grown, GrantStatus::OKAY);
+    }
+
     const OKAY: Outcome = Outcome::Done(Ok(()));
 
     fn failed(errno: Errno) -> Outcome {
@@ -142,6 +154,19 @@ mod tests {
         }
     }
 
+    /// Spec 3.1.1 step 6 is of arrays: where a count means nothing, no array of that length is asked for.
+    #[test]
+    fn a_count_that_is_ignored_asks_for_no_array() {
+        let scene = Scene::pv().build();
+        for op in [Op::SetVersion, Op::GetVersion] {
+            let memory = Memory::new(vec![0; 8]);
+            memory.bytes.borrow_mut()[..4].copy_from_slice(&2_u32.to_le_bytes());
+            let done = call(&scene, Abi::X86_64, op, 0x7FFF_FFFF, &memory);
+            assert_eq!(done, OKAY, "{op:?}");
+            assert_eq!(*memory.asked.borrow(), []);
+        }
+    }
+
     /// Spec 3.1.4 steps 4 and 5, 3.5, 3.10: the list must be plausible for as many elements as are asked
     /// for, of the width that they have.
     #[test]
@@ -166,12 +191,7 @@ mod tests {
     fn status_frames_are_listed_one_behind_the_other() {
         for abi in [Abi::X86_64, Abi::X86_32] {
             let scene = Scene::pv().version(C, Version::V2).build();
-            let vcpu = scene.vcpu(C, 0);
-            let grown = scene
-                .processor()
-                .setup_table(&vcpu, DomId::SELF, 9, None, &mut |_, _| true);
-            assert_eq!(grown, GrantStatus::OKAY);
-            drop(vcpu);
+            grow(&scene, C, 9);
             let item = GetStatusFrames {
                 nr_frames: 2,
                 dom: DomId::SELF,
@@ -297,7 +317,167 @@ mod tests {
         }
     }
 
+    /// Spec 1.5.3: an entry's status word has the entry's number, whichever page either lies in.
+    #[test]
+    fn every_entry_has_its_own_status_word() {
+        let scene = Scene::pv().granter_v2().build();
+        grow(&scene, G, 18);
+        let granter = scene.domain(G);
+        for gref in [0, 5, 255, 256, 300, 511, 512, 1100, 2047, 2048, 2305, 4096, 4607] {
+            scene.grant(G, GrantRef(gref), C, scene.frame, EntryFlags::empty());
+            let mapped = scene.map_as(C, G, GrantRef(gref), scene.place(0), MapFlags::HOST_MAP);
+            assert_eq!(mapped.status, GrantStatus::OKAY);
+            let marked: Vec<u32> = (0..4608)
+                .filter(|word| {
+                    let page = granter.status_frame(word / 2048).unwrap();
+                    page.as_ref().read_bytes::<2>(*word as usize % 2048 * 2) != Some([0; 2])
+                })
+                .collect();
+            assert_eq!(marked, [gref]);
+            assert_eq!(scene.unmap(scene.place(0), mapped.handle), GrantStatus::OKAY);
+        }
+    }
+
+    /// Spec 3.4 step 12: an unmap says that a page is dirty if it could be written.
+    #[test]
+    fn the_end_of_a_writable_mapping_makes_dirty() {
+        for (flags, pages) in [
+            (MapFlags::HOST_MAP, 1),
+            (MapFlags::HOST_MAP | MapFlags::READONLY, 0),
+        ] {
+            let scene = Scene::pv().build();
+            let mapped = scene.map(scene.place(0), flags);
+            assert_eq!(scene.unmap(scene.place(0), mapped.handle), GrantStatus::OKAY);
+            assert_eq!(scene.domain(G).private().dirty().len(), pages, "{flags}");
+        }
+    }
+
+    /// Spec 3.4.4, by the typed door: two items, of which the second has nothing to replace.
+    #[test]
+    fn what_is_replaced_is_said_of_each_item() {
+        let scene = Scene::pv().build();
+        let mapped = scene.map(scene.place(0), MapFlags::HOST_MAP);
+        let guest = scene.domain(C);
+        let own = scene.local[0];
+        assert!(guest.private().map(scene.place(1), own.gfn, Access::Write));
+        let item = UnmapAndReplace {
+            host_addr: scene.place(0),
+            new_addr: scene.place(1),
+            handle: mapped.handle,
+            status: GrantStatus(99),
+        };
+        let mut items = [item, item];
+        scene.processor().unmap_and_replace(&scene.vcpu(C, 0), &mut items);
+        let statuses = items.map(|item| item.status);
+        assert_eq!(statuses, [GrantStatus::OKAY, GrantStatus::BAD_HANDLE]);
+        assert_eq!(guest.private().pte(scene.place(0)).unwrap().mfn(), own.mfn);
+        assert_eq!(scene.flags(G, Scene::GREF), EntryFlags::PERMIT_ACCESS);
+        assert_eq!(scene.audit(), []);
+    }
+
+    // --- whose affair it is ---------------------------------------------------------------------
+
+    /// Refuses whatever the policy is asked for.
+    struct Strict;
+
+    impl Watch for Strict {
+        fn before(&self, request: &Request) -> Verdict {
+            if matches!(request, Request::MaySetup { .. }) {
+                Verdict::Refuse
+            } else {
+                Verdict::Proceed
+            }
+        }
+    }
+
+    /// Spec 3.5, 3.6, 3.10, 6.2: of a domain's own table nobody is asked, whatever it calls itself.
+    #[test]
+    fn of_its_own_table_a_domain_asks_nobody() {
+        let builder = Scene::pv().kind(C, DomainKind::Hvm).version(C, Version::V2);
+        let scene = builder.build_on(|machine| Between::new(machine, Strict));
+        let vcpu = scene.vcpu(C, 0);
+        let mut cpu = scene.processor();
+        for (dom, okay) in [(DomId::SELF, true), (C, true), (G, false)] {
+            let status = if okay {
+                GrantStatus::OKAY
+            } else {
+                GrantStatus::PERMISSION_DENIED
+            };
+            assert_eq!(cpu.setup_table(&vcpu, dom, 1, None, &mut |_, _| true), status);
+            assert_eq!(cpu.query_size(&vcpu, dom).err(), (!okay).then_some(status));
+            let frames = u32::from(okay);
+            assert_eq!(
+                cpu.get_status_frames(&vcpu, dom, frames, None, &mut |_, _| true),
+                status
+            );
+        }
+        for (dom, gfn) in [(DomId::SELF, 0x300), (C, 0x301)] {
+            assert_eq!(cpu.place_frame(&vcpu, dom, 0, Gfn(gfn)), Ok(()), "{dom}");
+        }
+    }
+
+    /// A page of words ends where it ends: its last byte is there, the one behind it is not, and nothing at
+    /// all can be moved at its end.
+    #[test]
+    fn a_page_of_words_ends_with_its_last_byte() {
+        let page = PageWords::zeroed();
+        for (offset, len, there) in [
+            (4095, 1, true),
+            (4096, 0, true),
+            (4064, 32, true),
+            (0, 4096, true),
+            (4095, 2, false),
+            (4096, 1, false),
+            (4097, 0, false),
+            (4072, 32, false),
+            (usize::MAX, 2, false),
+        ] {
+            let mut bytes = vec![7; len];
+            assert_eq!(page.write(offset, &bytes), there, "{offset}, {len}");
+            assert_eq!(page.read(offset, &mut bytes), there, "{offset}, {len}");
+            assert_eq!(bytes, vec![7; len]);
+        }
+    }
+
     // --- copy -----------------------------------------------------------------------------------
+
+    /// Spec 5.4: of a part of a page in use it is kept which part it is, for each entry of its own.
+    #[test]
+    fn parts_in_use_are_kept_apart() {
+        let scene = Scene::pv().granter_v2().build();
+        let head = EntryHead {
+            flags: EntryFlags::PERMIT_ACCESS | EntryFlags::SUB_PAGE,
+            domid: C,
+        };
+        for (gref, page_off) in [(20, 0), (21, 100), (84, 200)] {
+            let body = EntryBodyV2::SubPage {
+                page_off,
+                length: 8,
+                frame: scene.frame.gfn.0,
+            };
+            scene.set_v2(G, GrantRef(gref), EntryV2::new(head, body));
+        }
+        // One call keeps both of its pages in use from item to item.
+        let item = |from: (u32, u16), to: (u32, u16)| Copy {
+            source: CopyPtr::grant(G, GrantRef(from.0), from.1),
+            dest: CopyPtr::grant(G, GrantRef(to.0), to.1),
+            len: 8,
+            flags: CopyFlags::SOURCE_GREF | CopyFlags::DEST_GREF,
+            ..Copy::default()
+        };
+        let mut items = [
+            item((20, 0), (21, 100)),
+            item((20, 0), (84, 200)),
+            item((21, 100), (84, 200)),
+            item((20, 100), (84, 200)),
+            item((20, 0), (84, 100)),
+        ];
+        scene.processor().copy(&scene.vcpu(C, 0), &mut items);
+        let statuses = items.map(|item| item.status);
+        let (good, bad) = (GrantStatus::OKAY, GrantStatus::GENERAL_ERROR);
+        assert_eq!(statuses, [good, good, good, bad, bad]);
+        assert_eq!(scene.audit(), []);
+    }
 
     /// Spec 5.5: what was written through an entry is dirty, and what was only read is not.
     #[test]
@@ -352,8 +532,9 @@ mod tests {
     #[test]
     fn an_entry_in_use_anywhere_keeps_the_version() {
         for (version, other, entries) in [(Version::V1, 2, 512), (Version::V2, 1, 256)] {
-            for gref in [8, 9, 63, 64, 65, 128, entries - 1].map(GrantRef) {
+            for gref in [8, 9, 63, 64, 65, 128, entries - 1, entries, entries + 7].map(GrantRef) {
                 let scene = Scene::pv().version(G, version).build();
+                grow(&scene, G, 2);
                 let change = || scene.processor().set_version(&scene.vcpu(G, 0), other);
                 scene.grant(G, gref, C, scene.frame, EntryFlags::empty());
                 let mapped = scene.map_as(C, G, gref, scene.place(0), MapFlags::HOST_MAP);
