@@ -404,4 +404,20 @@ mod interleavings {
         assert_eq!(scene.flags(G, Scene::GREF), EntryFlags::PERMIT_ACCESS);
         assert_eq!(scene.audit(), []);
     }
+
+    /// Spec 4.1.2, 5.4 step 7a: an entry that stops being transitive after it was marked as such is not used
+    /// as one, and no mark stays.
+    #[test]
+    fn an_entry_that_changes_while_it_is_marked_is_refused() {
+        let scene = scene(Scene::pv().granter_v2());
+        pass_on(&scene, EntryFlags::empty());
+        let inside = Arc::clone(&scene);
+        let rewrite = move || inside.grant(G, Scene::GREF, C, inside.frame, EntryFlags::empty());
+        scene.machine.hooks().once(Hook::ClaimMarked, rewrite);
+        assert_eq!(copy_grant(&scene, 0, false), GrantStatus::GENERAL_ERROR);
+        assert_eq!(scene.flags(G, Scene::GREF), EntryFlags::PERMIT_ACCESS);
+        assert_eq!(scene.flags(T, GrantRef(9)), EntryFlags::PERMIT_ACCESS);
+        assert_eq!(copy_grant(&scene, 0, false), GrantStatus::OKAY);
+        assert_eq!(scene.audit(), []);
+    }
 }
