@@ -8,9 +8,8 @@ mod tests {
     use std::cell::RefCell;
 
     use gnttab_abi::{
-        Abi, Command, Copy, CopyFlags, CopyPtr, DomId, EntryBodyV2, EntryFlags, EntryHead, EntryV2, Errno,
-        GetStatusFrames, Gfn, GrantRef, GrantStatus, MapFlags, MapGrantRef, Op, SetupTable, SwapGrantRef,
-        UnmapAndReplace, UnmapGrantRef,
+        Abi, Command, Copy, CopyFlags, CopyPtr, DomId, EntryFlags, Errno, GetStatusFrames, Gfn, GrantRef,
+        GrantStatus, MapFlags, MapGrantRef, Op, SetupTable, SwapGrantRef, UnmapAndReplace, UnmapGrantRef,
     };
     use gnttab_engine::machine::{Between, C, G, Guest, P2mEntry, Page, Request, Scene, T, Verdict, Watch};
     use gnttab_engine::{
@@ -440,44 +439,6 @@ mod tests {
     }
 
     // --- copy -----------------------------------------------------------------------------------
-
-    /// Spec 5.4: of a part of a page in use it is kept which part it is, for each entry of its own.
-    #[test]
-    fn parts_in_use_are_kept_apart() {
-        let scene = Scene::pv().granter_v2().build();
-        let head = EntryHead {
-            flags: EntryFlags::PERMIT_ACCESS | EntryFlags::SUB_PAGE,
-            domid: C,
-        };
-        for (gref, page_off) in [(20, 0), (21, 100), (84, 200)] {
-            let body = EntryBodyV2::SubPage {
-                page_off,
-                length: 8,
-                frame: scene.frame.gfn.0,
-            };
-            scene.set_v2(G, GrantRef(gref), EntryV2::new(head, body));
-        }
-        // One call keeps both of its pages in use from item to item.
-        let item = |from: (u32, u16), to: (u32, u16)| Copy {
-            source: CopyPtr::grant(G, GrantRef(from.0), from.1),
-            dest: CopyPtr::grant(G, GrantRef(to.0), to.1),
-            len: 8,
-            flags: CopyFlags::SOURCE_GREF | CopyFlags::DEST_GREF,
-            ..Copy::default()
-        };
-        let mut items = [
-            item((20, 0), (21, 100)),
-            item((20, 0), (84, 200)),
-            item((21, 100), (84, 200)),
-            item((20, 100), (84, 200)),
-            item((20, 0), (84, 100)),
-        ];
-        scene.processor().copy(&scene.vcpu(C, 0), &mut items);
-        let statuses = items.map(|item| item.status);
-        let (good, bad) = (GrantStatus::OKAY, GrantStatus::GENERAL_ERROR);
-        assert_eq!(statuses, [good, good, good, bad, bad]);
-        assert_eq!(scene.audit(), []);
-    }
 
     /// Spec 5.5: what was written through an entry is dirty, and what was only read is not.
     #[test]

@@ -420,4 +420,39 @@ mod interleavings {
         assert_eq!(copy_grant(&scene, 0, false), GrantStatus::OKAY);
         assert_eq!(scene.audit(), []);
     }
+
+    /// Spec 5.4 step 5: of an entry in use as a part it is kept which part that is, apart from what is kept of
+    /// its neighbours.
+    #[test]
+    fn parts_in_use_are_kept_apart() {
+        let scene = scene(Scene::pv().granter_v2());
+        let head = EntryHead {
+            flags: EntryFlags::PERMIT_ACCESS | EntryFlags::SUB_PAGE,
+            domid: C,
+        };
+        for (gref, page_off) in [(Scene::GREF, 0), (GrantRef(6), 100)] {
+            let body = EntryBodyV2::SubPage {
+                page_off,
+                length: 8,
+                frame: scene.frame.gfn.0,
+            };
+            scene.set_v2(G, gref, EntryV2::new(head, body));
+        }
+        let copier = copy_in_flight(&scene, false);
+        let part = |gref, offset| {
+            let own = CopyPtr::frame(scene.local[0].gfn.0, 0);
+            copy(
+                &scene,
+                1,
+                CopyPtr::grant(G, gref, offset),
+                own,
+                CopyFlags::SOURCE_GREF,
+            )
+        };
+        assert_eq!(part(GrantRef(6), 100), GrantStatus::OKAY);
+        assert_eq!(part(Scene::GREF, 0), GrantStatus::OKAY);
+        assert_eq!(part(Scene::GREF, 100), GrantStatus::GENERAL_ERROR);
+        assert_eq!(copier.go_on(), GrantStatus::OKAY);
+        assert_eq!(scene.audit(), []);
+    }
 }
