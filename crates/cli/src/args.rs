@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::builder::styling::{AnsiColor, Styles};
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::machine::Name;
+use crate::roles::Sharing;
 
 mod at_rest;
 mod watching;
@@ -173,17 +174,9 @@ pub(crate) struct Rings {
     /// Each ring is 2^N pages.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=4))]
     pub(crate) ring_order: u8,
-    /// Keep pages granted from one request to the next, as Linux's drivers do. Off, access to every page ends with its
-    /// request, and each gets new backing before it is used again: nothing stays shared, and it is several times slower.
-    #[arg(long, value_name = "WHETHER", default_value = "on")]
-    pub(crate) persistent: Switch,
-}
-
-/// On or off.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Switch {
-    On,
-    Off,
+    /// How the backend reaches the frontend's pages.
+    #[arg(long, value_name = "HOW", default_value = "persistent")]
+    pub(crate) sharing: Sharing,
 }
 
 /// Run a machine from a file.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use gnttab_host::monitor::DomainInfo;
 use serde_json::{Value, json};
 
-use crate::args::{Disk, Switch};
+use crate::args::Disk;
 use crate::block::BlockDevice as _;
 use crate::failure::Failure;
 use crate::file::FileDevice;
@@ -16,7 +16,7 @@ use crate::live::{Rates, Stop};
 use crate::nbd::connection::Export;
 use crate::nbd::listener::{ListenError, Listener};
 use crate::nbd::server::{Server, Totals};
-use crate::roles::{News, Sharing, Sum};
+use crate::roles::{News, Sum};
 use crate::session::{DiskPlan, DomainPlan, Event, JobPlan, RingPlan, Session};
 use crate::{output, place};
 
@@ -57,10 +57,7 @@ fn serve(args: &Disk, image: Image, listener: Listener, stop: &Stop) -> Result<(
     let rings = RingPlan {
         queues: args.rings.queues.into(),
         order: args.rings.ring_order.into(),
-        sharing: match args.rings.persistent {
-            Switch::On => Sharing::Persistent,
-            Switch::Off => Sharing::Mapped,
-        },
+        sharing: args.rings.sharing,
     };
     let disk = DiskPlan {
         image,

@@ -14,6 +14,7 @@ use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
 
 use crate::failure::Failure;
+use crate::roles::Sharing;
 
 /// A working machine file, with every key explained.
 pub(crate) const EXAMPLE: &str = include_str!("../machine.toml");
@@ -76,9 +77,9 @@ pub(crate) struct Disk {
     /// Each ring is 2^n pages.
     #[serde(default)]
     pub(crate) ring_order: Bounded<0, 4, 0>,
-    /// Whether both sides offer persistent grants.
-    #[serde(default = "yes")]
-    pub(crate) persistent: bool,
+    /// How the backend reaches the frontend's pages.
+    #[serde(default)]
+    pub(crate) sharing: Sharing,
     /// A Unix socket where a frontend without a program exports the disk as NBD; a relative path starts at the machine
     /// file's folder.
     #[serde(default)]
@@ -94,10 +95,6 @@ fn program<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<(PathBuf
         return Err(de::Error::custom("give the program's path, then its arguments"));
     }
     Ok(Some((words.remove(0).into(), words)))
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// The name of a domain: letters, digits, `-`, `_` and `.`, at most 63 of them, the first a letter; and not what a domain

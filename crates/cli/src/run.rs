@@ -15,7 +15,7 @@ use crate::machine::{self, Disk, Domain, Machine, Name};
 use crate::nbd::listener::Listener;
 use crate::nbd::server::Totals;
 use crate::output;
-use crate::roles::{News, Sharing, Sum, Word};
+use crate::roles::{News, Sum, Word};
 use crate::session::{DiskPlan, DomainPlan, Event, JobPlan, ProgramPlan, RingPlan, Session};
 
 /// Runs the machine until it is told to stop or every program has ended.
@@ -232,11 +232,7 @@ fn disk_plan(disk: &Disk, machine: &Machine) -> Result<DiskPlan, Failure> {
         rings: RingPlan {
             queues: disk.queues.get(),
             order: disk.ring_order.get(),
-            sharing: if disk.persistent {
-                Sharing::Persistent
-            } else {
-                Sharing::Mapped
-            },
+            sharing: disk.sharing,
         },
         job,
     })

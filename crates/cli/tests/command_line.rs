@@ -63,7 +63,7 @@ fn wrong_use_is_exit_code_2() {
         &["disk"],
         &["disk", "x", "--queues", "0"],
         &["disk", "x", "--ring-order", "5"],
-        &["disk", "x", "--persistent", "maybe"],
+        &["disk", "x", "--sharing", "maybe"],
         &["disk", "x", "--tcp", "65536"],
         &["disk", "x", "--tcp", "1", "--socket", "s"],
         &["run"],

@@ -41,7 +41,7 @@ backend = "storage"
 frontend = "app"
 queues = 2
 ring-order = 1
-persistent = PERSISTENT
+sharing = "SHARING"
 socket = "nbd.sock"
 "#;
 
@@ -156,11 +156,11 @@ fn number(value: &Value) -> u64 {
 const CLIENTS: usize = 10;
 
 /// The clients fill the rings while the backend stands still; then it goes on.
-fn holds(persistent: bool) {
+fn holds(sharing: &str) {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     std::fs::write(folder.join("image"), vec![0; 16 << 20]).unwrap();
-    let file = MACHINE.replace("PERSISTENT", &persistent.to_string());
+    let file = MACHINE.replace("SHARING", sharing);
     std::fs::write(folder.join("m.toml"), file).unwrap();
     let plan = json(folder, &["plan", "m.toml", "--json"]);
     let (storage, app) = (&plan["domains"][0], &plan["domains"][1]);
@@ -197,7 +197,7 @@ fn holds(persistent: bool) {
     );
 
     machine.signal("CONT");
-    if persistent {
+    if sharing == "persistent" {
         settles(folder, "storage", "mappings", maps, number(&storage["handles"]));
         let frames = |domain: &Value| number(&domain["handles"][0]).div_ceil(256);
         settles(
@@ -227,12 +227,17 @@ fn holds(persistent: bool) {
 
 #[test]
 fn a_machine_with_persistent_grants_uses_what_was_planned() {
-    holds(true);
+    holds("persistent");
 }
 
 #[test]
-fn a_machine_without_persistent_grants_uses_what_was_planned() {
-    holds(false);
+fn a_machine_that_maps_for_a_request_uses_what_was_planned() {
+    holds("mapped");
+}
+
+#[test]
+fn a_machine_that_copies_uses_what_was_planned() {
+    holds("copied");
 }
 
 #[test]

@@ -8,6 +8,7 @@ use serde::de::IgnoredAny;
 use toml::Spanned;
 
 use crate::machine::{Bounded, Name, Wrong};
+use crate::roles::Sharing;
 
 /// A working description, with every key explained.
 pub(crate) const EXAMPLE: &str = include_str!("../../plan.toml");
@@ -73,8 +74,8 @@ pub(crate) struct Disk {
     pub(crate) queues: Bounded<1, 16, 1>,
     #[serde(default)]
     pub(crate) ring_order: Bounded<0, 4, 0>,
-    #[serde(default = "yes")]
-    pub(crate) persistent: bool,
+    #[serde(default)]
+    pub(crate) sharing: Sharing,
     /// As backends here and Linux's allow: 256.
     #[serde(default)]
     pub(crate) indirect_segments: Bounded<0, 256, 32>,
@@ -116,10 +117,6 @@ pub(crate) struct Network {
     pub(crate) queues: Bounded<1, 16, 1>,
     #[serde(default = "map")]
     pub(crate) transmit: Transmit,
-}
-
-fn yes() -> bool {
-    true
 }
 
 fn ours() -> Driver {

@@ -8,6 +8,7 @@ use gnttab_io::ring::RingShape;
 use serde::Serialize;
 
 use super::description::{Description, Disk, Driver, Network, Transmit};
+use crate::roles::Sharing;
 
 /// Handles that a maptrack frame holds.
 const HANDLES_PER_FRAME: u32 = 256;
@@ -183,12 +184,15 @@ fn of_disk(number: usize, disk: &Disk) -> (Item, Item) {
         Driver::Gnttab => segments.max(indirect),
         Driver::Linux => in_flight,
     };
-    let (mapped, mapped_text) = match (disk.persistent, disk.driver) {
-        (true, _) if data <= kept => (data, format!("{data} kept")),
-        (true, Driver::Gnttab) => (kept + one_shot, format!("{kept} kept + {one_shot} of a request")),
-        (true, Driver::Linux) => (data, format!("{kept} kept + {} of requests", data - kept)),
-        (false, Driver::Gnttab) => (one_shot, format!("{one_shot} of the request being served")),
-        (false, Driver::Linux) => (
+    let (mapped, mapped_text) = match (disk.sharing, disk.driver) {
+        (Sharing::Persistent, _) if data <= kept => (data, format!("{data} kept")),
+        (Sharing::Persistent, Driver::Gnttab) => {
+            (kept + one_shot, format!("{kept} kept + {one_shot} of a request"))
+        }
+        (Sharing::Persistent, Driver::Linux) => (data, format!("{kept} kept + {} of requests", data - kept)),
+        (Sharing::Copied, _) => (0, "0 of requests, which are copied".to_owned()),
+        (Sharing::Mapped, Driver::Gnttab) => (one_shot, format!("{one_shot} of the request being served")),
+        (Sharing::Mapped, Driver::Linux) => (
             one_shot,
             format!("{slots} slots x {}", request_text(segments, indirect)),
         ),
@@ -273,8 +277,9 @@ mod tests {
     #[test]
     fn disks_are_counted_as_their_drivers_use_them() {
         assert_eq!(disk(""), (1 + 32 * 33, 1 + 32 * 33));
-        assert_eq!(disk("persistent = false"), (1057, 1 + 32));
-        assert_eq!(disk("persistent = false\ndriver = \"linux\""), (1057, 1057));
+        assert_eq!(disk("sharing = \"mapped\""), (1057, 1 + 32));
+        assert_eq!(disk("sharing = \"copied\""), (1057, 1));
+        assert_eq!(disk("sharing = \"mapped\"\ndriver = \"linux\""), (1057, 1057));
         assert_eq!(disk("indirect-segments = 0"), (1 + 32 * 11, 1 + 32 * 11));
         assert_eq!(
             disk("queues = 2\nring-order = 1"),

@@ -64,8 +64,8 @@ fn qemu_io_reads_what_it_wrote_zeroed_and_discarded() {
     if !have("qemu-io") {
         return;
     }
-    for persistent in ["on", "off"] {
-        let served = Served::patterned(&["--persistent", persistent], 16 << 20);
+    for sharing in ["persistent", "copied", "mapped"] {
+        let served = Served::patterned(&["--sharing", sharing], 16 << 20);
         let commands = [
             "write -P 0xa5 1M 3M",
             "write -z 2M 64k",
