@@ -444,7 +444,8 @@ impl Session {
                     "domain {}: others still use its pages, {PATIENCE:?} after its end",
                     plan.name
                 );
-                return Err(Failure::new(why).next("`gnttab dump` says who"));
+                return Err(Failure::new(why)
+                    .next("the process at the other end of its disks hangs: look why, and start again"));
             }
             thread::sleep(Duration::from_millis(2));
         }

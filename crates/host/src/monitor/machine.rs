@@ -19,8 +19,10 @@ use super::tables::{TablePage, Tables};
 use crate::protocol::{Consumer, Notice, NoticeKind, PendingEnd, Report};
 use crate::sys::{Access, Channel, ChannelError, EventPort, MAX_DESCRIPTORS};
 
-/// The memory numbers that stand for table pages in a machine frame number: above all others.
-const TABLE_BIT: u64 = 1 << 38;
+/// The memory number that stands for table pages in a machine frame number: above all others, and with
+/// [`MOST_RAM_PAGES`](super::memory::MOST_RAM_PAGES) within what the engine keeps of a frame's number.
+const TABLES: u64 = 1 << 21;
+const _: () = assert!((TABLES + 1) * super::memory::MOST_RAM_PAGES as u64 <= 1 << 46);
 
 /// What the monitor keeps for a domain, as far as hypercalls need it.
 #[derive(Debug)]
@@ -274,9 +276,15 @@ impl Machine {
         }
     }
 
-    /// A number for a new memory. Numbers are not used twice, and there are more than will be asked for.
+    /// A number for a new memory. One is used again only after all others, and when nothing refers to what
+    /// had it.
     pub(crate) fn memory_number(&self) -> u64 {
-        self.next_memory.fetch_add(1, Ordering::Relaxed) & (TABLE_BIT - 1)
+        loop {
+            let number = self.next_memory.fetch_add(1, Ordering::Relaxed) % TABLES;
+            if number != 0 && self.memory(number).is_none() {
+                return number;
+            }
+        }
     }
 
     pub(crate) fn add_memory(&self, memory: &Arc<Memory>) {
@@ -431,7 +439,7 @@ impl Hypervisor for Machine {
     }
 
     fn table_page_mfn(&self, page: &TablePage) -> Mfn {
-        mfn(TABLE_BIT, page.number() as u64)
+        mfn(TABLES, page.number() as u64)
     }
 
     fn table_page_gfn(&self, domain: &Guest, page: &TablePage) -> Gfn {
@@ -470,6 +478,25 @@ mod tests {
         assert!(foreign.put(16 * page, Mfn(7)));
         assert_eq!(foreign.take_all().collect::<Vec<_>>(), [Mfn(7), Mfn(0)]);
         assert_eq!(foreign.take_all().count(), 0);
+    }
+
+    /// Rule 4 of a hypervisor, however many domains there have been: a frame's number fits 46 bits, and two
+    /// memories that exist differ in theirs.
+    #[test]
+    fn memory_numbers_come_round_and_pass_over_those_in_use() {
+        let machine = Machine::new();
+        let memory = |number| Arc::new(Memory::new(number, DomId(1), 1, 1).unwrap());
+        let (first, second) = (machine.memory_number(), machine.memory_number());
+        machine.add_memory(&memory(second));
+        machine.next_memory.store(TABLES - 1, Ordering::Relaxed);
+        let last = machine.memory_number();
+        assert_eq!((first, second, last), (1, 2, TABLES - 1));
+        assert_eq!(
+            mfn(last, u64::from(super::super::memory::MOST_RAM_PAGES) - 1).0 >> 46,
+            0
+        );
+        assert_eq!(machine.memory_number(), first, "0 is nobody's");
+        assert_eq!(machine.memory_number(), second + 1, "the second is in use");
     }
 
     #[test]

@@ -27,7 +27,7 @@ use crate::sys::{Access, Backing, MemoryError, SealedMemory, Window};
 pub(crate) const MOST_RAM_PAGES: u32 = 1 << GFN_BITS;
 const GFN_BITS: u32 = 24;
 
-/// Bits of a machine frame number: which memory, and which of its pages. No number is used twice.
+/// Bits of a machine frame number: which memory, and which of its pages.
 pub(crate) fn mfn(memory: u64, gfn: u64) -> Mfn {
     Mfn(memory << GFN_BITS | gfn)
 }
