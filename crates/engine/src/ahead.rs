@@ -6,7 +6,8 @@
 //!
 //! What must always hold: nothing here is judged. An argument or an entry that is looked at ahead of its
 //! turn is looked at again, once, when its turn comes, and only that look counts (ENG-5); no look ahead
-//! fails, or is told to anybody, and it waits for nothing but a gate, inside no table, as an item does.
+//! fails, or is told to anybody, and it waits for nothing but a gate, inside no table, as an item does. An entry
+//! that is for somebody else leads to nothing.
 //! Indexes that a guest chose are clamped as everywhere.
 
 #![cfg_attr(
@@ -133,12 +134,12 @@ impl<T: Foresee> Ahead<T> {
         if index == 0 {
             // Nobody was ahead of the first.
             self.expect_entries(visit, vcpu, 0, count, &peek);
-            self.expect_frames(visit);
+            self.expect_frames(visit, vcpu.domain.id());
         }
         if index.is_multiple_of(GROUP) {
             self.expect_entries(visit, vcpu, index + GROUP, count, &peek);
         } else {
-            self.expect_frames(visit);
+            self.expect_frames(visit, vcpu.domain.id());
         }
     }
 
@@ -169,13 +170,14 @@ impl<T: Foresee> Ahead<T> {
         }
     }
 
-    /// Asks for what the entries of the group lead to.
+    /// Asks for what the entries of the group lead to, where they are for the caller.
     #[inline(never)]
-    fn expect_frames<H: Hypervisor>(&self, visit: &mut Visit<'_, H>) {
+    fn expect_frames<H: Hypervisor>(&self, visit: &mut Visit<'_, H>, caller: DomId) {
         let engine = visit.engine;
         for uses in self.uses.iter().map_while(Option::as_ref) {
             if let Some(granter) = visit.inside(uses.granter)
                 && let Some(shared) = granter.view.shared(uses.gref)
+                && shared.load_head().domid == caller
             {
                 let gfn = Gfn(shared.load_frame());
                 engine.hv.expect_frame(granter.private(), gfn, uses.bytes);

@@ -59,6 +59,10 @@ pub(crate) struct Run<H: Hypervisor> {
 /// Source and destination domain: as written, and who they are; `None` is the caller.
 type Pair<H> = ((DomId, DomId), Option<Arc<Domain<H>>>, Option<Arc<Domain<H>>>);
 
+/// A granter by number, and the domain that the policy was asked about, which may have died since and left
+/// its number to another; `None`: the caller, or somebody that no policy is asked about.
+type Granter<'a, H> = (DomId, Option<&'a Domain<H>>);
+
 impl<H: Hypervisor> Run<H> {
     pub(crate) fn new() -> Run<H> {
         Run {
@@ -114,6 +118,7 @@ impl<H: Hypervisor> Processor<'_, H> {
 impl<H: Hypervisor> Visit<'_, H> {
     /// One item, with what the call has kept so far.
     pub(crate) fn copy_item(&mut self, vcpu: &Vcpu<H>, run: &mut Run<H>, item: &Copy) -> GrantStatus {
+        self.begin_item();
         let status = match self.copy_one(vcpu, run, item) {
             Ok(()) => GrantStatus::OKAY,
             Err(status) => {
@@ -153,14 +158,20 @@ impl<H: Hypervisor> Visit<'_, H> {
             return Err(status);
         }
         // 2, 3
+        let (source_domain, dest_domain) = match &run.pair {
+            Some((_, source, dest)) => (source.as_deref(), dest.as_deref()),
+            None => (None, None),
+        };
         let by_grant = |flag| item.flags.contains(flag);
         by_frame_is_own(&item.source, by_grant(CopyFlags::SOURCE_GREF))?;
         let source = &item.source;
         let granted = by_grant(CopyFlags::SOURCE_GREF);
-        self.keep_or_claim(caller, &mut run.source, source, granted, Access::Read)?;
+        let judged = (source_domain, Access::Read);
+        self.keep_or_claim(caller, &mut run.source, source, granted, judged)?;
         by_frame_is_own(&item.dest, by_grant(CopyFlags::DEST_GREF))?;
         let granted = by_grant(CopyFlags::DEST_GREF);
-        self.keep_or_claim(caller, &mut run.dest, &item.dest, granted, Access::Write)?;
+        let judged = (dest_domain, Access::Write);
+        self.keep_or_claim(caller, &mut run.dest, &item.dest, granted, judged)?;
         let (Some(from), Some(to)) = (&run.source, &run.dest) else {
             return Err(GrantStatus::GENERAL_ERROR);
         };
@@ -240,7 +251,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         place: &mut Option<Buffer>,
         side: &CopyPtr,
         by_grant: bool,
-        access: Access,
+        (judged, access): (Option<&Domain<H>>, Access),
     ) -> Result<(), GrantStatus> {
         let engine = self.engine;
         let hv = &engine.hv;
@@ -262,7 +273,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         }
         let writes = access == Access::Write;
         let grip = match key {
-            Key::Grant(domid, gref) => self.acquire(domid, gref, caller.id(), access, true)?,
+            Key::Grant(domid, gref) => self.acquire((domid, judged), gref, caller.id(), access, true)?,
             Key::Frame(gmfn) => {
                 let (resolved, typed) = resolve(hv, caller, Gfn(gmfn), access, writes)?;
                 Grip::whole(resolved.mfn, typed)
@@ -308,7 +319,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     fn acquire(
         &mut self,
-        granter: DomId,
+        granter: Granter<'_, H>,
         gref: GrantRef,
         user: DomId,
         access: Access,
@@ -327,7 +338,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     fn acquire_once(
         &mut self,
-        granter: DomId,
+        granter: Granter<'_, H>,
         gref: GrantRef,
         user: DomId,
         access: Access,
@@ -335,7 +346,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     ) -> Result<Grip, Refused> {
         let engine = self.engine;
         let hv = &engine.hv;
-        let domain = self.enter(granter).ok_or(GrantStatus::BAD_DOMAIN)?;
+        let domain = self.enter_judged(granter).ok_or(GrantStatus::BAD_DOMAIN)?;
         let view = &domain.view;
         // 1
         let entry = view.entry_to_use(gref)?;
@@ -363,7 +374,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                 let allowed = transitive && engine.config.transitive && domain.limits().transitive;
                 let far = far_of(&entry);
                 // 7c
-                if !allowed || far.0 == granter {
+                if !allowed || far.0 == granter.0 {
                     end_attempt(&entry, state, access);
                     return Err(GrantStatus::GENERAL_ERROR.into());
                 }
@@ -381,7 +392,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                 }
                 let mfn = entry.active.mfn();
                 let owner = hv.get_frame(mfn);
-                if owner == Some(FrameOwner::Domain(granter)) && !domain.is_dying() {
+                if owner == Some(FrameOwner::Domain(granter.0)) && !domain.is_dying() {
                     let (span, typed) = (span_of(&entry, state), None);
                     return Ok(Grip { mfn, span, typed });
                 }
@@ -456,7 +467,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[cold]
     fn acquire_far(
         &mut self,
-        granter: DomId,
+        granter: Granter<'_, H>,
         gref: GrantRef,
         user: DomId,
         access: Access,
@@ -471,12 +482,12 @@ impl<H: Hypervisor> Visit<'_, H> {
         let inner = if self.enter(far.0).is_none() {
             Err(GrantStatus::GENERAL_ERROR)
         } else {
-            self.acquire(far.0, far.1, granter, access, false)
+            self.acquire((far.0, None), far.1, granter.0, access, false)
         };
         self.leave();
         hv.hook(Hook::CopyBack);
         // 7f
-        let Some(domain) = self.enter(granter) else {
+        let Some(domain) = self.enter_judged(granter) else {
             if let Ok(inner) = inner {
                 self.release(far, access, || put(hv, inner.mfn, inner.typed == Some(true)));
             }

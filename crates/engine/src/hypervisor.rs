@@ -233,7 +233,9 @@ pub trait Hypervisor: Send + Sync + Sized {
 
     /// A hint: `gfn` of `domain` will be resolved soon, and `bytes` of it moved, the first and how many
     /// (none for a page that is only to be mapped). An implementation may ask its caches for what it will
-    /// look at then. It may not wait, and nothing may depend on it: what a guest wrote has not been judged.
+    /// look at then. It may not wait, and nothing may depend on it: what a guest wrote has not been judged,
+    /// and the frame that a granter names may be anybody's. Where a processor lets guests guess at what its
+    /// first cache holds, fetch no bytes here.
     #[inline(always)]
     fn expect_frame(&self, domain: &Self::Domain, gfn: Gfn, bytes: (u16, u16)) {
         let _ = (domain, gfn, bytes);

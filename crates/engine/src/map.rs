@@ -83,6 +83,7 @@ impl<H: Hypervisor> Processor<'_, H> {
 impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     pub(crate) fn map_item(&mut self, vcpu: &Vcpu<H>, item: &MapGrantRef, now: u64) -> MapGrantRef {
+        self.begin_item();
         let (status, handle, dev_bus_addr) = match self.map_one(vcpu, item, now, false) {
             Ok((handle, mfn)) => (GrantStatus::OKAY, handle, mfn.address()),
             Err(status) => (status, item.handle, item.dev_bus_addr),

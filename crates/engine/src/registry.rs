@@ -225,7 +225,13 @@ pub(crate) struct Visit<'a, H: Hypervisor> {
     pub(crate) engine: &'a Engine<H>,
     slot: &'a Slot,
     inside: Option<Room<'a, H>>,
+    /// Items that were begun.
+    items: u32,
 }
+
+/// Items after which a processor leaves a table in any case: who waits for all to have left, whatever
+/// their table, waits for no more than these.
+const LEAVE_AFTER: u32 = 64;
 
 /// A domain whose table a visit is inside, and the table as it stands. It goes before the slot is wiped.
 pub(crate) struct Room<'a, H: Hypervisor> {
@@ -247,6 +253,18 @@ impl<'a, H: Hypervisor> Visit<'a, H> {
             engine,
             slot,
             inside: None,
+            items: 0,
+        }
+    }
+
+    /// To be called before each item, which may be one that enters no table and so would leave none: a
+    /// batch keeps nobody waiting who wants a table alone.
+    #[inline(always)]
+    pub(crate) fn begin_item(&mut self) {
+        self.items = self.items.wrapping_add(1);
+        let shut = |room: &Room<'_, H>| !room.table.gate.is_open();
+        if self.items.is_multiple_of(LEAVE_AFTER) || self.inside.as_ref().is_some_and(shut) {
+            self.leave();
         }
     }
 
@@ -258,6 +276,16 @@ impl<'a, H: Hypervisor> Visit<'a, H> {
             self.enter_another(id);
         }
         self.inside.as_ref()
+    }
+
+    /// As [`Visit::enter`]; `None` also if the number is another domain's by now than the one that was
+    /// `judged`.
+    #[inline(always)]
+    pub(crate) fn enter_judged(&mut self, (id, judged): (DomId, Option<&Domain<H>>)) -> Option<&Room<'a, H>> {
+        let room = self.enter(id)?;
+        judged
+            .is_none_or(|judged| ptr::eq(room.domain, judged))
+            .then_some(room)
     }
 
     fn enter_another(&mut self, id: DomId) {

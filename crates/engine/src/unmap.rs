@@ -103,6 +103,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         request: Request,
         place: &mut Option<Removed>,
     ) -> GrantStatus {
+        self.begin_item();
         let (status, removed) = self.unmap_one(vcpu, request);
         let (peer, gref) = match &removed {
             Some(removed) => (Some(removed.granter), Some(removed.gref)),
