@@ -6,9 +6,8 @@
 //!
 //! What must always hold: nothing here is judged. An argument or an entry that is looked at ahead of its
 //! turn is looked at again, once, when its turn comes, and only that look counts (ENG-5); no look ahead
-//! fails, or is told to anybody, and it waits for nothing but a gate, inside no table, as an item does. An entry
-//! that is for somebody else leads to nothing.
-//! Indexes that a guest chose are clamped as everywhere.
+//! fails, or is told to anybody, and it waits for nothing but a gate, inside no table, as an item does. An
+//! entry that is for somebody else leads to nothing. Indexes that a guest chose are clamped as everywhere.
 
 #![cfg_attr(
     all(any(target_arch = "x86_64", target_arch = "aarch64"), not(any(loom, miri))),

@@ -8,8 +8,8 @@ mod tests {
     use std::thread;
 
     use gnttab_abi::{
-        Abi, Command, Copy, CopyFlags, CopyPtr, DomId, EntryFlags, GrantRef, GrantStatus, MapFlags,
-        MapGrantRef, Op,
+        Abi, Command, Copy, CopyFlags, CopyPtr, DomId, EncodeError, EntryFlags, GrantRef, GrantStatus,
+        MapFlags, MapGrantRef, Op,
     };
     use gnttab_engine::machine::{C, Check, G, Scene};
     use gnttab_engine::{Call, DomainKind, Fault, GuestMemory, Limits, Outcome, Retired};
@@ -22,32 +22,30 @@ mod tests {
         before_second: &'a (dyn Fn() + Sync),
     }
 
-    impl<'a> Items<'a> {
-        fn maps(items: [MapGrantRef; 2], peek: bool, before_second: &'a (dyn Fn() + Sync)) -> Items<'a> {
-            let items = items.map(|item| {
-                let mut raw = vec![0; MapGrantRef::size(Abi::X86_64)];
-                item.encode(Abi::X86_64, &mut raw).unwrap();
-                raw
-            });
-            Items {
-                items,
-                peek,
-                before_second,
-            }
-        }
+    const ABI: Abi = Abi::X86_64;
+    /// More items than can be done while somebody waits, and few enough to come to an end if they wait for it.
+    const MANY: u32 = 20_000_000;
 
-        fn copies(items: [Copy; 2], peek: bool, before_second: &'a (dyn Fn() + Sync)) -> Items<'a> {
-            let items = items.map(|item| {
-                let mut raw = vec![0; Copy::size(Abi::X86_64)];
-                item.encode(Abi::X86_64, &mut raw).unwrap();
-                raw
-            });
-            Items {
-                items,
-                peek,
-                before_second,
-            }
-        }
+    fn maps(items: [MapGrantRef; 2]) -> [Vec<u8>; 2] {
+        raw(MapGrantRef::size(ABI), items, |item, bytes| {
+            item.encode(ABI, bytes)
+        })
+    }
+
+    fn copies(items: [Copy; 2]) -> [Vec<u8>; 2] {
+        raw(Copy::size(ABI), items, |item, bytes| item.encode(ABI, bytes))
+    }
+
+    fn raw<T>(
+        size: usize,
+        items: [T; 2],
+        encode: impl Fn(T, &mut [u8]) -> Result<(), EncodeError>,
+    ) -> [Vec<u8>; 2] {
+        items.map(|item| {
+            let mut bytes = vec![0; size];
+            encode(item, &mut bytes).unwrap();
+            bytes
+        })
     }
 
     impl GuestMemory for Items<'_> {
@@ -93,8 +91,6 @@ mod tests {
     /// refused before or have nothing to do, keeps nobody waiting who needs that table alone.
     #[test]
     fn a_batch_that_enters_no_table_keeps_none() {
-        // More than can be done while somebody waits, and few enough to come to an end if they wait for it.
-        const MANY: u32 = 20_000_000;
         let map = |flags| MapGrantRef {
             flags,
             gref: GrantRef(100),
@@ -115,12 +111,17 @@ mod tests {
         for peek in [false, true] {
             let started = AtomicBool::new(false);
             let start = || started.store(true, Ordering::SeqCst);
-            let maps = [map(MapFlags::HOST_MAP), map(MapFlags::empty())];
-            for (op, memory) in [
-                (Op::MapGrantRef, Items::maps(maps, peek, &start)),
-                (Op::Copy, Items::copies([copy(8), copy(0)], peek, &start)),
-                (Op::Copy, Items::copies([copy(8), by_frame], peek, &start)),
+            let refused = [map(MapFlags::HOST_MAP), map(MapFlags::empty())];
+            for (op, items) in [
+                (Op::MapGrantRef, maps(refused)),
+                (Op::Copy, copies([copy(8), copy(0)])),
+                (Op::Copy, copies([copy(8), by_frame])),
             ] {
+                let memory = Items {
+                    items,
+                    peek,
+                    before_second: &start,
+                };
                 let scene = Scene::pv().build();
                 let done = AtomicBool::new(false);
                 started.store(false, Ordering::SeqCst);
@@ -141,6 +142,57 @@ mod tests {
                 });
             }
         }
+    }
+
+    /// HND-5: who gathers handles waits until all have left whatever table they are in. A batch that stays in
+    /// one, which nobody wants alone, leaves it all the same.
+    #[test]
+    fn a_batch_that_stays_in_a_table_lets_handles_be_gathered() {
+        let scene = Scene::pv()
+            .limits(C, |limits| (limits.maptrack_frames, limits.vcpus) = (Some(1), 2))
+            .build();
+        let read_only = MapFlags::HOST_MAP | MapFlags::READONLY;
+        // All handles that there can be are this vCPU's own now.
+        assert_eq!(scene.map(scene.place(0), read_only).status, GrantStatus::OKAY);
+        let (started, done) = (AtomicBool::new(false), AtomicBool::new(false));
+        let start = || started.store(true, Ordering::SeqCst);
+        // Refused by the entry, with the processor inside.
+        let refused = Copy {
+            source: CopyPtr::grant(G, GrantRef(100), 0),
+            dest: CopyPtr::frame(scene.local[0].gfn.0, 0),
+            len: 8,
+            flags: CopyFlags::SOURCE_GREF,
+            ..Copy::default()
+        };
+        let memory = Items {
+            items: copies([refused, refused]),
+            peek: false,
+            before_second: &start,
+        };
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !started.load(Ordering::SeqCst) {
+                    thread::yield_now();
+                }
+                let mut items = [MapGrantRef {
+                    host_addr: scene.place(1),
+                    flags: read_only,
+                    gref: Scene::GREF,
+                    dom: G,
+                    ..MapGrantRef::default()
+                }];
+                scene.processor().map(&scene.vcpu(C, 1), &mut items);
+                assert_eq!(items[0].status, GrantStatus::OKAY);
+                done.store(true, Ordering::SeqCst);
+            });
+            let outcome = call(&scene, Op::Copy, MANY, &memory, &mut || {
+                done.load(Ordering::SeqCst)
+            });
+            assert!(
+                matches!(outcome, Outcome::Continue(_)),
+                "the gatherer waited until the batch was over"
+            );
+        });
     }
 
     /// ENG-13, D-1: the policy's answer for a batch is about two domains, not two numbers: one that gets the
@@ -183,7 +235,11 @@ mod tests {
             flags: CopyFlags::SOURCE_GREF,
             ..refused
         };
-        let memory = Items::copies([refused, granted], false, &replace);
+        let memory = Items {
+            items: copies([refused, granted]),
+            peek: false,
+            before_second: &replace,
+        };
         let outcome = call(&scene, Op::Copy, 2, &memory, &mut || false);
         assert_eq!(outcome, Outcome::Done(Ok(())));
         assert!(replaced.load(Ordering::SeqCst));
