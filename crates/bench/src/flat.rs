@@ -443,88 +443,53 @@ fn shoot_down() {
 
 /// A guest's memory as the raw door reaches it: machine addresses within the guest's own frames.
 pub struct Guest<'m> {
-    memory: &'m Memory,
-    /// First address, and the one behind the last.
-    bounds: (u64, u64),
+    pages: &'m [PageWords],
+    /// The address of the first.
+    start: u64,
 }
 
 impl<'m> Guest<'m> {
     /// A guest whose memory is `frames` frames from `first`.
+    ///
+    /// # Panics
+    /// If the machine has not that many.
     #[must_use]
     pub fn new(memory: &'m Memory, first: u64, frames: u64) -> Guest<'m> {
+        let [from, to] = [first, first + frames].map(|frame| usize::try_from(frame).unwrap_or(usize::MAX));
         Guest {
-            memory,
-            bounds: (first * PAGE, (first + frames) * PAGE),
+            pages: &memory.0[from..to],
+            start: first * PAGE,
         }
     }
 
-    /// Frame and place in it of an access within bounds.
+    /// How far behind the first byte an address is; addresses before it are far behind.
     #[inline(always)]
-    fn locate(&self, addr: u64, len: usize) -> Result<(u64, usize), Fault> {
-        let end = addr.wrapping_add(len as u64);
-        if addr < self.bounds.0 || end > self.bounds.1 || end < addr {
-            return Err(Fault { addr });
-        }
-        let offset = usize::try_from(addr % PAGE).map_err(|_| Fault { addr })?;
-        Ok((addr / PAGE, offset))
+    fn offset(&self, addr: u64) -> usize {
+        usize::try_from(addr.wrapping_sub(self.start)).unwrap_or(usize::MAX)
     }
 }
 
 impl GuestMemory for Guest<'_> {
     #[inline]
     fn plausible(&self, addr: u64, bytes: u64) -> bool {
-        addr.checked_add(bytes).is_some_and(|end| end <= self.bounds.1)
+        let end = self.start + size_of_val(self.pages) as u64;
+        addr.checked_add(bytes).is_some_and(|last| last <= end)
     }
 
     #[inline(always)]
     fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
-        let (frame, offset) = self.locate(addr, into.len())?;
-        match self.memory.frame(frame) {
-            Some(page) if page.read(offset, into) => Ok(()),
-            _ => self.read_across(addr, into),
-        }
+        let done = PageWords::read_run(self.pages, self.offset(addr), into);
+        if done { Ok(()) } else { Err(Fault { addr }) }
     }
 
     #[inline(always)]
     fn peek(&self, addr: u64, into: &mut [u8]) -> bool {
-        self.locate(addr, into.len()).is_ok_and(|(frame, offset)| {
-            let page = self.memory.frame(frame);
-            page.is_some_and(|page| page.read(offset, into))
-        })
+        PageWords::read_run(self.pages, self.offset(addr), into)
     }
 
     #[inline(always)]
     fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), Fault> {
-        let (frame, offset) = self.locate(addr, bytes.len())?;
-        match self.memory.frame(frame) {
-            Some(page) if page.write(offset, bytes) => Ok(()),
-            _ => self.write_across(addr, bytes),
-        }
-    }
-}
-
-impl Guest<'_> {
-    /// A read from two pages.
-    #[cold]
-    fn read_across(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
-        let (frame, offset) = self.locate(addr, into.len())?;
-        let (head, tail) = into
-            .split_at_mut_checked(PAGE_SIZE - offset)
-            .ok_or(Fault { addr })?;
-        let pages = self.memory.frame(frame).zip(self.memory.frame(frame + 1));
-        let (first, second) = pages.ok_or(Fault { addr })?;
-        let done = first.read(offset, head) && second.read(0, tail);
-        if done { Ok(()) } else { Err(Fault { addr }) }
-    }
-
-    /// A write to two pages.
-    #[cold]
-    fn write_across(&self, addr: u64, bytes: &[u8]) -> Result<(), Fault> {
-        let (frame, offset) = self.locate(addr, bytes.len())?;
-        let (head, tail) = bytes.split_at_checked(PAGE_SIZE - offset).ok_or(Fault { addr })?;
-        let pages = self.memory.frame(frame).zip(self.memory.frame(frame + 1));
-        let (first, second) = pages.ok_or(Fault { addr })?;
-        let done = first.write(offset, head) && second.write(0, tail);
+        let done = PageWords::write_run(self.pages, self.offset(addr), bytes);
         if done { Ok(()) } else { Err(Fault { addr }) }
     }
 }

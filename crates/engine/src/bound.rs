@@ -10,24 +10,30 @@
 /// The index, if it is below `bound`.
 #[inline(always)]
 pub(crate) fn below(index: u32, bound: u32) -> Option<usize> {
+    below_wide(index as usize, bound as usize)
+}
+
+/// As [`below`], for any number.
+#[inline(always)]
+pub(crate) fn below_wide(index: usize, bound: usize) -> Option<usize> {
     if index >= bound {
         return None;
     }
     #[cfg(feature = "fences")]
     barrier();
-    Some((index & mask(index, bound)) as usize)
+    Some(index & mask(index, bound))
 }
 
 /// All ones if `index` is below `bound`, otherwise 0; without a branch.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[inline(always)]
-fn mask(index: u32, bound: u32) -> u32 {
-    let mask: u32;
+fn mask(index: usize, bound: usize) -> usize {
+    let mask: usize;
     // SAFETY: two instructions on registers that are named as operands.
     unsafe {
         core::arch::asm!(
-            "cmp {index:e}, {bound:e}",
-            "sbb {mask:e}, {mask:e}",
+            "cmp {index}, {bound}",
+            "sbb {mask}, {mask}",
             index = in(reg) index,
             bound = in(reg) bound,
             mask = lateout(reg) mask,
@@ -40,13 +46,13 @@ fn mask(index: u32, bound: u32) -> u32 {
 /// All ones if `index` is below `bound`, otherwise 0; without a branch.
 #[cfg(all(target_arch = "aarch64", not(miri)))]
 #[inline(always)]
-fn mask(index: u32, bound: u32) -> u32 {
-    let mask: u32;
+fn mask(index: usize, bound: usize) -> usize {
+    let mask: usize;
     // SAFETY: three instructions on registers that are named as operands.
     unsafe {
         core::arch::asm!(
-            "cmp {index:w}, {bound:w}",
-            "csetm {mask:w}, lo",
+            "cmp {index}, {bound}",
+            "csetm {mask}, lo",
             "hint #20",
             index = in(reg) index,
             bound = in(reg) bound,
@@ -60,9 +66,11 @@ fn mask(index: u32, bound: u32) -> u32 {
 /// All ones if `index` is below `bound`, otherwise 0; without a branch where the compiler agrees.
 #[cfg(any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
 #[inline(always)]
-fn mask(index: u32, bound: u32) -> u32 {
-    let (index, bound) = core::hint::black_box((i64::from(index), i64::from(bound)));
-    ((index - bound) >> 63 & 0xFFFF_FFFF) as u32
+fn mask(index: usize, bound: usize) -> usize {
+    let (index, bound) = core::hint::black_box((index, bound));
+    // The borrow of the difference, as the processor's flag has it.
+    let borrow = (!index & bound) | ((!index | bound) & index.wrapping_sub(bound));
+    0usize.wrapping_sub(borrow >> (usize::BITS - 1))
 }
 
 /// Nothing behind this runs before everything ahead of it is known.
@@ -87,12 +95,15 @@ mod tests {
 
     #[test]
     fn an_index_is_let_through_or_clamped() {
-        for bound in [0, 1, 2, 255, 256, u32::MAX] {
-            for index in [0, 1, 2, 254, 255, 256, 257, u32::MAX - 1, u32::MAX] {
+        let edges = [0, 1, 2, 254, 255, 256, 257, usize::MAX / 2, usize::MAX / 2 + 1, usize::MAX - 1, usize::MAX];
+        for bound in edges {
+            for index in edges {
                 let inside = index < bound;
-                assert_eq!(mask(index, bound), if inside { u32::MAX } else { 0 });
-                assert_eq!(below(index, bound), inside.then_some(index as usize));
+                assert_eq!(mask(index, bound), if inside { usize::MAX } else { 0 });
+                assert_eq!(below_wide(index, bound), inside.then_some(index));
             }
         }
+        assert_eq!(below(u32::MAX, u32::MAX), None);
+        assert_eq!(below(u32::MAX - 1, u32::MAX), Some(u32::MAX as usize - 1));
     }
 }

@@ -28,6 +28,8 @@ use gnttab_abi::PAGE_SIZE;
 use gnttab_abi::{EntryFlags, EntryHead, EntryV1, EntryV2};
 
 use crate::ahead::{fetch_to_read, fetch_to_write};
+#[cfg(not(loom))]
+use crate::bound::below_wide;
 #[cfg(loom)]
 use crate::pages::{STATUS_PER_PAGE, V1_ENTRIES_PER_PAGE, V2_ENTRIES_PER_PAGE};
 use crate::sync::{AtomicU16, AtomicU32, AtomicU64, Ordering, full_barrier};
@@ -143,15 +145,6 @@ impl PageWords {
         self.0.get().cast()
     }
 
-    #[cfg(any(miri, not(target_arch = "x86_64")))]
-    #[inline]
-    fn u8(&self, index: usize) -> &AtomicU8 {
-        let index = index & (PAGE_SIZE - 1);
-        // SAFETY: the masked index lies within the page, it lives as long as `self`, and all access
-        // to it is atomic.
-        unsafe { &*self.as_ptr().cast::<AtomicU8>().wrapping_add(index) }
-    }
-
     #[inline]
     fn u16(&self, index: usize) -> &AtomicU16 {
         let index = index & (PAGE_SIZE / 2 - 1);
@@ -191,56 +184,81 @@ impl PageWords {
     #[must_use]
     #[inline(always)]
     pub fn read(&self, offset: usize, into: &mut [u8]) -> bool {
-        if offset > PAGE_SIZE || into.len() > PAGE_SIZE - offset {
-            return false;
-        }
-        if are_few_words(offset, into.len()) {
-            for (at, word) in into.as_chunks_mut().0.iter_mut().enumerate() {
-                *word = self.u64(offset / 8 + at).load(Ordering::Relaxed).to_le_bytes();
-            }
-            return true;
-        }
-        #[cfg(all(target_arch = "x86_64", not(miri)))]
-        // SAFETY: the range was checked to lie in the page; `into` is exclusive memory elsewhere.
-        unsafe {
-            carry(self.as_ptr().wrapping_add(offset), into.as_mut_ptr(), into.len());
-        }
-        #[cfg(any(miri, not(target_arch = "x86_64")))]
-        for (at, byte) in into.iter_mut().enumerate() {
-            *byte = self.u8(offset + at).load(Ordering::Relaxed);
-        }
-        true
+        PageWords::read_run(core::slice::from_ref(self), offset, into)
     }
 
     /// Copies bytes into the page; false, and nothing done, past its end.
     #[must_use]
     #[inline(always)]
     pub fn write(&self, offset: usize, bytes: &[u8]) -> bool {
-        if offset > PAGE_SIZE || bytes.len() > PAGE_SIZE - offset {
+        PageWords::write_run(core::slice::from_ref(self), offset, bytes)
+    }
+
+    /// Copies bytes out of pages that lie one behind the other, `offset` counted from the first; false, and
+    /// nothing done, past the end of the last.
+    ///
+    /// ```
+    /// use gnttab_engine::PageWords;
+    ///
+    /// let pages = [PageWords::zeroed(), PageWords::zeroed()];
+    /// assert!(PageWords::write_run(&pages, 4094, b"both"));
+    /// assert_eq!(pages[1].read_bytes::<2>(0), Some(*b"th"));
+    /// let mut bytes = [0; 4];
+    /// assert!(PageWords::read_run(&pages, 4094, &mut bytes));
+    /// assert_eq!(&bytes, b"both");
+    /// assert!(!PageWords::read_run(&pages, 8190, &mut bytes));
+    /// ```
+    #[must_use]
+    #[inline(always)]
+    pub fn read_run(pages: &[PageWords], offset: usize, into: &mut [u8]) -> bool {
+        let len = into.len();
+        let Some(run) = Run::at(pages, offset, len) else {
             return false;
-        }
-        if let [a, b] = *bytes
-            && offset.is_multiple_of(2)
-        {
-            self.u16(offset / 2)
-                .store(u16::from_le_bytes([a, b]), Ordering::Relaxed);
-            return true;
-        }
-        if are_few_words(offset, bytes.len()) {
-            for (at, word) in bytes.as_chunks().0.iter().enumerate() {
-                self.u64(offset / 8 + at)
-                    .store(u64::from_le_bytes(*word), Ordering::Relaxed);
+        };
+        match Form::of(offset, len) {
+            Form::Words => {
+                for (at, word) in into.as_chunks_mut().0.iter_mut().enumerate() {
+                    *word = run.u64(at).load(Ordering::Relaxed).to_le_bytes();
+                }
             }
-            return true;
+            Form::Half => into.copy_from_slice(&run.u32().load(Ordering::Relaxed).to_le_bytes()),
+            Form::Quarter => into.copy_from_slice(&run.u16().load(Ordering::Relaxed).to_le_bytes()),
+            // What lies in registers otherwise stays there: the bytes of an argument are not to be given an
+            // address for the sake of the few that lie across words.
+            Form::Askew => into.copy_from_slice(&run.load_askew(len)[..len]),
+            Form::Bytes => run.load(into),
         }
-        #[cfg(all(target_arch = "x86_64", not(miri)))]
-        // SAFETY: the range was checked to lie in the page, which `&self` lets anybody write.
-        unsafe {
-            carry(bytes.as_ptr(), self.as_ptr().wrapping_add(offset), bytes.len());
-        }
-        #[cfg(any(miri, not(target_arch = "x86_64")))]
-        for (at, byte) in bytes.iter().enumerate() {
-            self.u8(offset + at).store(*byte, Ordering::Relaxed);
+        true
+    }
+
+    /// Copies bytes into pages that lie one behind the other; otherwise as [`PageWords::read_run`].
+    #[must_use]
+    #[inline(always)]
+    pub fn write_run(pages: &[PageWords], offset: usize, bytes: &[u8]) -> bool {
+        let len = bytes.len();
+        let Some(run) = Run::at(pages, offset, len) else {
+            return false;
+        };
+        match Form::of(offset, len) {
+            Form::Words => {
+                for (at, word) in bytes.as_chunks().0.iter().enumerate() {
+                    run.u64(at).store(u64::from_le_bytes(*word), Ordering::Relaxed);
+                }
+            }
+            Form::Half => {
+                let word = bytes.first_chunk().copied().unwrap_or_default();
+                run.u32().store(u32::from_le_bytes(word), Ordering::Relaxed);
+            }
+            Form::Quarter => {
+                let word = bytes.first_chunk().copied().unwrap_or_default();
+                run.u16().store(u16::from_le_bytes(word), Ordering::Relaxed);
+            }
+            Form::Askew => {
+                let mut few = [0; FEW];
+                few[..len].copy_from_slice(bytes);
+                run.store_askew(few, len);
+            }
+            Form::Bytes => run.store(bytes),
         }
         true
     }
@@ -272,9 +290,11 @@ impl PageWords {
                 let word = source.u64(from / 8 + at).load(Ordering::Relaxed);
                 dest.u64(to / 8 + at).store(word, Ordering::Relaxed);
             }
-            for at in words * 8..len {
-                let byte = source.u8(from + at).load(Ordering::Relaxed);
-                dest.u8(to + at).store(byte, Ordering::Relaxed);
+            let side = |page, offset| Run::at(core::slice::from_ref(page), offset, len);
+            if let (Some(source), Some(dest)) = (side(source, from), side(dest, to)) {
+                for at in words * 8..len {
+                    dest.u8(at).store(source.u8(at).load(Ordering::Relaxed), Ordering::Relaxed);
+                }
             }
         }
         true
@@ -309,11 +329,131 @@ impl PageWords {
     }
 }
 
-/// Whether bytes are whole aligned words, too many for one register and few enough to stay in some.
+/// The longest argument, and what is moved by words of the processor's.
 #[cfg(not(loom))]
-#[inline(always)]
-fn are_few_words(offset: usize, len: usize) -> bool {
-    (17..=32).contains(&len) && offset.is_multiple_of(8) && len.is_multiple_of(8)
+const FEW: usize = 40;
+
+/// How bytes are best moved between a page and registers.
+#[cfg(not(loom))]
+#[derive(Clone, Copy)]
+enum Form {
+    /// Whole aligned words of 64 bits, few of them.
+    Words,
+    Half,
+    Quarter,
+    /// As many as these, but across words.
+    Askew,
+    Bytes,
+}
+
+#[cfg(not(loom))]
+impl Form {
+    #[inline(always)]
+    fn of(offset: usize, len: usize) -> Form {
+        let aligned = |size| offset.is_multiple_of(size);
+        match len {
+            8 | 24 | 32 | FEW if aligned(8) => Form::Words,
+            4 if aligned(4) => Form::Half,
+            2 if aligned(2) => Form::Quarter,
+            2 | 4 | 8 | 24 | 32 | FEW => Form::Askew,
+            _ => Form::Bytes,
+        }
+    }
+}
+
+/// Bytes of pages that lie one behind the other. Having one tells you: they are there, all `len` of them, at
+/// the place that was asked for, or, where the processor runs ahead of the check, at the first.
+#[cfg(not(loom))]
+#[derive(Clone, Copy)]
+struct Run<'a> {
+    pages: &'a [PageWords],
+    offset: usize,
+}
+
+#[cfg(not(loom))]
+impl<'a> Run<'a> {
+    #[inline(always)]
+    fn at(pages: &'a [PageWords], offset: usize, len: usize) -> Option<Run<'a>> {
+        let places = size_of_val(pages).checked_sub(len)? + 1;
+        let offset = below_wide(offset, places)?;
+        Some(Run { pages, offset })
+    }
+
+    #[inline(always)]
+    fn start(self) -> *mut u8 {
+        // The bytes of a page may be written through `&PageWords`; a slice of them is no different.
+        self.pages.as_ptr().cast_mut().cast::<u8>().wrapping_add(self.offset)
+    }
+
+    /// The `at`th byte.
+    #[cfg(any(miri, not(target_arch = "x86_64")))]
+    #[inline]
+    fn u8(self, at: usize) -> &'a AtomicU8 {
+        // SAFETY: callers stay below the length that `Run::at` checked; the pages live for `'a`, and all
+        // access to them is atomic.
+        unsafe { &*self.start().cast::<AtomicU8>().wrapping_add(at) }
+    }
+
+    /// Of a run of two bytes at an even offset.
+    #[inline(always)]
+    fn u16(self) -> &'a AtomicU16 {
+        // SAFETY: as for u8; `Form` saw that the offset is a multiple of 2, and pages are aligned.
+        unsafe { &*self.start().cast::<AtomicU16>() }
+    }
+
+    /// Of a run of four bytes.
+    #[inline(always)]
+    fn u32(self) -> &'a AtomicU32 {
+        // SAFETY: as for u16, of 4.
+        unsafe { &*self.start().cast::<AtomicU32>() }
+    }
+
+    /// The `at`th word of a run of whole words.
+    #[inline(always)]
+    fn u64(self, at: usize) -> &'a AtomicU64 {
+        // SAFETY: as for u16, of 8; callers stay below the length in words.
+        unsafe { &*self.start().cast::<AtomicU64>().wrapping_add(at) }
+    }
+
+    /// Fills `into`, which is as long as the run.
+    #[inline(always)]
+    fn load(self, into: &mut [u8]) {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        // SAFETY: the run is there; `into` is exclusive memory elsewhere.
+        unsafe {
+            carry(self.start(), into.as_mut_ptr(), into.len());
+        }
+        #[cfg(any(miri, not(target_arch = "x86_64")))]
+        for (at, byte) in into.iter_mut().enumerate() {
+            *byte = self.u8(at).load(Ordering::Relaxed);
+        }
+    }
+
+    /// Writes `bytes`, as many as the run has.
+    #[inline(always)]
+    fn store(self, bytes: &[u8]) {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        // SAFETY: the run is there, and `&PageWords` lets anybody write it.
+        unsafe {
+            carry(bytes.as_ptr(), self.start(), bytes.len());
+        }
+        #[cfg(any(miri, not(target_arch = "x86_64")))]
+        for (at, byte) in bytes.iter().enumerate() {
+            self.u8(at).store(*byte, Ordering::Relaxed);
+        }
+    }
+
+    #[cold]
+    fn load_askew(self, len: usize) -> [u8; FEW] {
+        let mut few = [0; FEW];
+        self.load(&mut few[..len]);
+        few
+    }
+
+    #[cold]
+    fn store_askew(self, few: [u8; FEW], len: usize) {
+        self.store(&few[..len]);
+    }
 }
 
 /// Moves bytes by instructions that have a meaning whatever is written meanwhile, also to the same bytes,
