@@ -18,7 +18,7 @@ use core::marker::PhantomData;
 
 use gnttab_abi::{Abi, Copy, CopyFlags, DomId, Gfn, GrantRef, MapGrantRef};
 
-use crate::domain::Vcpu;
+use crate::domain::Domain;
 use crate::door::LARGEST;
 use crate::hypervisor::Hypervisor;
 use crate::registry::Visit;
@@ -122,7 +122,7 @@ impl<T: Foresee> Ahead<T> {
     pub(crate) fn step<H: Hypervisor>(
         &mut self,
         visit: &mut Visit<'_, H>,
-        vcpu: &Vcpu<H>,
+        caller: &Domain<H>,
         index: u32,
         count: u32,
         peek: impl Fn(u32, &mut [u8]) -> bool,
@@ -132,13 +132,13 @@ impl<T: Foresee> Ahead<T> {
         }
         if index == 0 {
             // Nobody was ahead of the first.
-            self.expect_entries(visit, vcpu, 0, count, &peek);
-            self.expect_frames(visit, vcpu.domain.id());
+            self.expect_entries(visit, caller, 0, count, &peek);
+            self.expect_frames(visit, caller.id());
         }
         if index.is_multiple_of(GROUP) {
-            self.expect_entries(visit, vcpu, index + GROUP, count, &peek);
+            self.expect_entries(visit, caller, index + GROUP, count, &peek);
         } else {
-            self.expect_frames(visit, vcpu.domain.id());
+            self.expect_frames(visit, caller.id());
         }
     }
 
@@ -147,7 +147,7 @@ impl<T: Foresee> Ahead<T> {
     fn expect_entries<H: Hypervisor>(
         &mut self,
         visit: &mut Visit<'_, H>,
-        vcpu: &Vcpu<H>,
+        caller: &Domain<H>,
         first: u32,
         count: u32,
         peek: &impl Fn(u32, &mut [u8]) -> bool,
@@ -160,12 +160,12 @@ impl<T: Foresee> Ahead<T> {
             return;
         }
         for (place, raw) in self.uses.iter_mut().zip(raw.chunks_exact(T::SIZE)).take(items) {
-            *place = T::uses(raw, vcpu.domain.id());
+            *place = T::uses(raw, caller.id());
             let Some(uses) = place else { return };
             if let Some(granter) = visit.inside(uses.granter) {
                 granter.view.expect(uses.gref);
             }
-            T::expect_own(&engine.hv, vcpu.domain.private(), uses);
+            T::expect_own(&engine.hv, caller.private(), uses);
         }
     }
 

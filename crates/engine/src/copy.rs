@@ -17,6 +17,7 @@ use gnttab_abi::{
 };
 
 use crate::active::{Extra, Pins, State, UseKind};
+use crate::caller::Caller;
 use crate::claim::{Wanted, begin_use, end_use, marks_to_clear};
 use crate::domain::{Domain, Reference, Vcpu, Version};
 use crate::engine::Processor;
@@ -106,10 +107,10 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// Copies bytes through grants, item after item. Every item's `status` is written; bytes move
     /// only for *okay*.
     pub fn copy(&mut self, vcpu: &Vcpu<H>, items: &mut [Copy]) {
-        let mut visit = self.visit();
+        let (mut visit, caller) = (self.visit(), vcpu.caller());
         let mut run = Run::new();
         for item in items {
-            item.status = visit.copy_item(vcpu, &mut run, item);
+            item.status = visit.copy_item(&caller, &mut run, item);
         }
         visit.end_copy(&mut run);
     }
@@ -117,9 +118,9 @@ impl<H: Hypervisor> Processor<'_, H> {
 
 impl<H: Hypervisor> Visit<'_, H> {
     /// One item, with what the call has kept so far.
-    pub(crate) fn copy_item(&mut self, vcpu: &Vcpu<H>, run: &mut Run<H>, item: &Copy) -> GrantStatus {
+    pub(crate) fn copy_item(&mut self, caller: &Caller<'_, H>, run: &mut Run<H>, item: &Copy) -> GrantStatus {
         self.begin_item();
-        let status = match self.copy_one(vcpu, run, item) {
+        let status = match self.copy_one(caller.domain, run, item) {
             Ok(()) => GrantStatus::OKAY,
             Err(status) => {
                 self.drop_buffers(run);
@@ -134,7 +135,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             None
         };
         let (peer, gref) = (grant.map(|side| side.domid), grant.map(|side| side.gref()));
-        vcpu.answer(&self.engine.hv, Op::Copy, peer, gref, status);
+        caller.answer(&self.engine.hv, Op::Copy, peer, gref, status);
         status
     }
 
@@ -145,9 +146,8 @@ impl<H: Hypervisor> Visit<'_, H> {
     }
 
     #[inline(always)]
-    fn copy_one(&mut self, vcpu: &Vcpu<H>, run: &mut Run<H>, item: &Copy) -> Result<(), GrantStatus> {
+    fn copy_one(&mut self, caller: &Domain<H>, run: &mut Run<H>, item: &Copy) -> Result<(), GrantStatus> {
         let engine = self.engine;
-        let caller = &vcpu.domain;
         // 0
         if item.len == 0 && engine.config.reference != Reference::V4_17 {
             return Ok(());
@@ -196,7 +196,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             item.len,
         );
         if let Some((_, _, owner)) = &run.pair {
-            let owner = owner.as_ref().unwrap_or(caller);
+            let owner = owner.as_deref().unwrap_or(caller);
             engine.hv.mark_dirty(owner.private(), to.mfn);
         }
         Ok(())
@@ -206,7 +206,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline]
     fn copy_domains(
         &mut self,
-        caller: &Arc<Domain<H>>,
+        caller: &Domain<H>,
         run: &mut Run<H>,
         item: &Copy,
     ) -> Result<(), GrantStatus> {
@@ -219,7 +219,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         }
         let source = self.copy_domain(caller, pair.0)?;
         let dest = self.copy_domain(caller, pair.1)?;
-        let (from, to) = (source.as_ref().unwrap_or(caller), dest.as_ref().unwrap_or(caller));
+        let (from, to) = (source.as_deref().unwrap_or(caller), dest.as_deref().unwrap_or(caller));
         if !self
             .engine
             .hv
@@ -234,7 +234,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline]
     fn copy_domain(
         &mut self,
-        caller: &Arc<Domain<H>>,
+        caller: &Domain<H>,
         id: DomId,
     ) -> Result<Option<Arc<Domain<H>>>, GrantStatus> {
         if id == DomId::SELF || id == caller.id() {
@@ -247,7 +247,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     fn keep_or_claim(
         &mut self,
-        caller: &Arc<Domain<H>>,
+        caller: &Domain<H>,
         place: &mut Option<Buffer>,
         side: &CopyPtr,
         by_grant: bool,

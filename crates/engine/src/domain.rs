@@ -256,6 +256,9 @@ impl Counters {
 
     #[inline]
     pub(crate) fn status(&self, status: GrantStatus) {
+        if status.is_okay() {
+            return Self::bump(&self.statuses[0], 1);
+        }
         let place = usize::from(status.0.unsigned_abs()).min(self.statuses.len() - 1);
         Self::bump(&self.statuses[place], 1);
     }

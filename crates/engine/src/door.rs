@@ -22,7 +22,7 @@ use crate::copy::Run;
 use crate::domain::{Reference, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{DomainKind, Hypervisor};
-use crate::unmap::{Removed, Request, UNMAP_GROUP};
+use crate::unmap::{Group, Request, UNMAP_GROUP};
 
 /// Guest memory could not be read or written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -362,17 +362,17 @@ where
     fn map(&mut self) -> Result<(), Stop> {
         let size = MapGrantRef::size(self.abi);
         let now = self.cpu.engine.hv.now();
-        let mut visit = self.cpu.visit();
+        let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
         let mut ahead: Ahead<MapGrantRef> = Ahead::new();
         for index in 0..self.call.count {
             yield_before(index, self.yield_now)?;
-            ahead.step(&mut visit, self.vcpu, index, self.call.count, |first, into| {
+            ahead.step(&mut visit, caller.domain, index, self.call.count, |first, into| {
                 self.args.peek(first, size, into)
             });
             let mut raw = [0; LARGEST];
             self.args.read(index, size, &mut raw)?;
             let item = decoded(MapGrantRef::decode(self.abi, &raw))?;
-            let answer = visit.map_item(self.vcpu, &item, now);
+            let answer = visit.map_item(&caller, &item, now);
             // An array of its own: the structure has no padding that had to stay.
             let mut raw = [0; LARGEST];
             answer.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
@@ -402,34 +402,48 @@ where
         size: usize,
         decode: impl Fn(&Raw) -> Result<Request, Errno>,
     ) -> Result<(), Stop> {
-        let (args, vcpu, count) = (self.args, self.vcpu, self.call.count);
-        let mut visit = self.cpu.visit();
         let mut first = 0;
-        while first < count {
+        while first < self.call.count {
             yield_before(first, self.yield_now)?;
-            let group = UNMAP_GROUP_ITEMS.min(count - first);
-            let mut room = [None; UNMAP_GROUP];
-            let mut one = [None];
             // A call for one mapping need not prepare for a group.
-            let removed: &mut [Option<Removed>] = if group == 1 { &mut one } else { &mut room };
-            let mut done = Ok(());
-            for (index, removed) in (first..first + group).zip(&mut *removed) {
-                let mut raw = [0; LARGEST];
-                let read = args.read(index, size, &mut raw).map_err(Errno::from);
-                done = read.and_then(|()| decode(&raw)).and_then(|request| {
-                    let status = visit.unmap_first(vcpu, op, request, removed);
-                    // Both structures have their status at the same place.
-                    Ok(args.write_status(index, size, 20, status)?)
-                });
-                if done.is_err() {
-                    break;
-                }
-            }
-            visit.unmap_second(vcpu, removed);
-            done?;
-            first += group;
+            first += if self.call.count - first == 1 {
+                self.unmap_group::<1>(op, size, first, &decode)?
+            } else {
+                self.unmap_group::<UNMAP_GROUP>(op, size, first, &decode)?
+            };
         }
         Ok(())
+    }
+
+    /// A group of at most `N` items from `first` on; how many they were.
+    #[inline(always)]
+    fn unmap_group<const N: usize>(
+        &mut self,
+        op: Op,
+        size: usize,
+        first: u32,
+        decode: &impl Fn(&Raw) -> Result<Request, Errno>,
+    ) -> Result<u32, Stop> {
+        let (args, count) = (self.args, self.call.count - first);
+        let items = u32::try_from(N).map_or(count, |most| most.min(count));
+        let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
+        let mut group: Group<N> = Group::new();
+        let mut done = Ok(());
+        for index in first..first + items {
+            let mut raw = [0; LARGEST];
+            let read = args.read(index, size, &mut raw).map_err(Errno::from);
+            done = read.and_then(|()| decode(&raw)).and_then(|request| {
+                let status = visit.unmap_first(&caller, op, request, &mut group);
+                // Both structures have their status at the same place.
+                Ok(args.write_status(index, size, 20, status)?)
+            });
+            if done.is_err() {
+                break;
+            }
+        }
+        visit.unmap_second(&caller, &group);
+        done?;
+        Ok(items)
     }
 
     fn transfer_is_on(&self) -> Result<(), Errno> {
@@ -453,20 +467,20 @@ where
     /// A caller's copies whose arguments are wide.
     fn copy(&mut self) -> Result<(), Stop> {
         const SIZE: usize = Copy::size(Abi::X86_64);
-        let (args, vcpu, yield_now) = (self.args, self.vcpu, &mut *self.yield_now);
-        let mut visit = self.cpu.visit();
+        let (args, yield_now) = (self.args, &mut *self.yield_now);
+        let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
         let mut run = Run::new();
         let mut ahead: Ahead<Copy> = Ahead::new();
         let mut items = || -> Result<(), Stop> {
             for index in 0..self.call.count {
                 yield_before(index, yield_now)?;
-                ahead.step(&mut visit, vcpu, index, self.call.count, |first, into| {
+                ahead.step(&mut visit, caller.domain, index, self.call.count, |first, into| {
                     args.peek(first, SIZE, into)
                 });
                 let mut raw = [0; LARGEST];
                 args.read(index, SIZE, &mut raw)?;
                 let item = decoded(Copy::decode(Abi::X86_64, &raw))?;
-                let status = visit.copy_item(vcpu, &mut run, &item);
+                let status = visit.copy_item(&caller, &mut run, &item);
                 args.write_status(index, SIZE, 36, status)?;
             }
             Ok(())
@@ -520,7 +534,7 @@ where
                 statuses.push(self.cpu.transfer_item(self.vcpu, &item));
             }
         } else {
-            let mut visit = self.cpu.visit();
+            let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
             let mut run = Run::new();
             for (raw, index) in raws.iter().zip(first..) {
                 if stop(index, self.yield_now) {
@@ -529,7 +543,7 @@ where
                 let Ok(item) = Copy::decode(self.abi, raw) else {
                     break;
                 };
-                statuses.push(visit.copy_item(self.vcpu, &mut run, &item));
+                statuses.push(visit.copy_item(&caller, &mut run, &item));
             }
             visit.end_copy(&mut run);
         }
@@ -748,10 +762,6 @@ where
 fn decoded<T>(item: Result<T, Truncated>) -> Result<T, Errno> {
     item.map_err(|_| Errno::Fault)
 }
-
-/// [`UNMAP_GROUP`] as a count of items.
-#[expect(clippy::cast_possible_truncation, reason = "32")]
-const UNMAP_GROUP_ITEMS: u32 = UNMAP_GROUP as u32;
 
 /// The commands that an HVM caller may pass, all 32 bits compared (step 1).
 fn hvm_may_call(command: Command) -> bool {

@@ -40,6 +40,7 @@ mod active;
 mod ahead;
 mod bound;
 mod cache;
+mod caller;
 mod claim;
 mod copy;
 mod domain;

@@ -9,6 +9,7 @@ use core::cell::Cell;
 use gnttab_abi::{DomId, EntryFlags, Gfn, GrantHandle, GrantStatus, MapFlags, MapGrantRef, Mfn, Op};
 
 use crate::active::{Pins, State, UseKind};
+use crate::caller::Caller;
 use crate::claim::{Wanted, begin_use, end_use, marks_to_clear};
 use crate::domain::{Domain, Vcpu};
 use crate::engine::Processor;
@@ -44,7 +45,7 @@ pub(crate) fn status_of(error: ResolveError) -> GrantStatus {
 }
 
 /// What step 14 took, so that a failure gives back exactly that (ENG-3).
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Taken {
     frames: u32,
     types: u32,
@@ -73,23 +74,23 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// ```
     pub fn map(&mut self, vcpu: &Vcpu<H>, items: &mut [MapGrantRef]) {
         let now = self.engine.hv.now();
-        let mut visit = self.visit();
+        let (mut visit, caller) = (self.visit(), vcpu.caller());
         for item in items {
-            *item = visit.map_item(vcpu, item, now);
+            *item = visit.map_item(&caller, item, now);
         }
     }
 }
 
 impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
-    pub(crate) fn map_item(&mut self, vcpu: &Vcpu<H>, item: &MapGrantRef, now: u64) -> MapGrantRef {
+    pub(crate) fn map_item(&mut self, caller: &Caller<'_, H>, item: &MapGrantRef, now: u64) -> MapGrantRef {
         self.begin_item();
-        let (status, handle, dev_bus_addr) = match self.map_one(vcpu, item, now, false) {
+        let (status, handle, dev_bus_addr) = match self.map_one(caller, item, now, false) {
             Ok((handle, mfn)) => (GrantStatus::OKAY, handle, mfn.address()),
             Err(status) => (status, item.handle, item.dev_bus_addr),
         };
         let (peer, gref) = (Some(item.dom), Some(item.gref));
-        vcpu.answer(&self.engine.hv, Op::MapGrantRef, peer, gref, status);
+        caller.answer(&self.engine.hv, Op::MapGrantRef, peer, gref, status);
         MapGrantRef {
             status,
             handle,
@@ -101,35 +102,35 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     fn map_one(
         &mut self,
-        vcpu: &Vcpu<H>,
+        caller: &Caller<'_, H>,
         item: &MapGrantRef,
         now: u64,
         gathered: bool,
     ) -> Result<(GrantHandle, Mfn), GrantStatus> {
         let hv = &self.engine.hv;
-        let caller = &*vcpu.domain;
+        let domain = caller.domain;
         // 1, 2
         let pins = Pins::of_mapping(item.flags);
         if pins.is_empty() {
             return Err(GrantStatus::BAD_GNTREF);
         }
         let pv_only = MapFlags::DEVICE_MAP | MapFlags::APPLICATION_MAP | MapFlags::CONTAINS_PTE;
-        if caller.kind().is_external() && item.flags.intersects(pv_only) {
+        if domain.kind().is_external() && item.flags.intersects(pv_only) {
             return Err(GrantStatus::GENERAL_ERROR);
         }
         // 3, 4
         let granter = self.enter(item.dom).ok_or(GrantStatus::BAD_DOMAIN)?;
-        if !hv.may_map(caller.private(), granter.private(), item.flags) {
+        if !hv.may_map(domain.private(), granter.private(), item.flags) {
             return Err(GrantStatus::PERMISSION_DENIED);
         }
         // 5
         hv.hook(Hook::HandlePeek);
-        let Some(free) = caller.maptrack.allocate(vcpu.number) else {
-            return self.map_with_gathered(vcpu, item, now, gathered);
+        let Some(free) = caller.handles.allocate() else {
+            return self.map_with_gathered(caller, item, now, gathered);
         };
-        let done = Mapping::new(hv, caller, granter, item, pins).make();
+        let done = Mapping::new(hv, domain, granter, item, pins).make();
         if done.is_err() {
-            caller.maptrack.release(vcpu.number, free);
+            caller.handles.release(free);
         }
         let mfn = done?;
         // 17
@@ -146,7 +147,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[cold]
     fn map_with_gathered(
         &mut self,
-        vcpu: &Vcpu<H>,
+        caller: &Caller<'_, H>,
         item: &MapGrantRef,
         now: u64,
         gathered: bool,
@@ -156,8 +157,8 @@ impl<H: Hypervisor> Visit<'_, H> {
         }
         self.leave();
         let registry = &self.engine.registry;
-        vcpu.domain.maptrack.gather(|| registry.wait_for_all());
-        self.map_one(vcpu, item, now, true)
+        caller.domain.maptrack.gather(|| registry.wait_for_all());
+        self.map_one(caller, item, now, true)
     }
 }
 
@@ -174,6 +175,14 @@ struct Mapping<'a, 'r, H: Hypervisor> {
     /// Whether any mapping does.
     any_type: bool,
 }
+
+impl<H: Hypervisor> Clone for Mapping<'_, '_, H> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<H: Hypervisor> Copy for Mapping<'_, '_, H> {}
 
 impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
     #[inline(always)]
@@ -237,7 +246,7 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         let done = self.install(&entry, mfn, owner, &mut taken);
         if done.is_err() {
             self.hv.hook(Hook::MapUnwind);
-            self.undo(&entry, mfn, &taken);
+            self.undo(entry, mfn, taken);
         }
         done.map(|()| mfn).map_err(|Failed| GrantStatus::GENERAL_ERROR)
     }
@@ -331,9 +340,10 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         Ok(())
     }
 
-    /// Gives back what was taken; the pins go before the references that they stand for (CPY-6).
+    /// Gives back what was taken; the pins go before the references that they stand for (CPY-6). By value: what
+    /// is in registers where all goes well is to stay there.
     #[cold]
-    fn undo(&self, entry: &Entry<'_>, mfn: Mfn, taken: &Taken) {
+    fn undo(self, entry: Entry<'_>, mfn: Mfn, taken: Taken) {
         if taken.host {
             let unmapping = HostUnmapping {
                 addr: self.item.host_addr,
@@ -345,7 +355,7 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
             let _ = self.hv.unmap_host(self.caller.private(), &unmapping);
             self.hv.flush(self.caller.private());
         }
-        unpin(entry, self.pins, self.access);
+        unpin(&entry, self.pins, self.access);
         (0..taken.types).for_each(|_| self.hv.put_writable(mfn));
         (0..taken.frames).for_each(|_| self.hv.put_frame(mfn));
     }

@@ -19,6 +19,7 @@
 //! handle numbers are ours to choose, the point at which *no_space* comes is not.
 
 use alloc::boxed::Box;
+use core::cell::Cell;
 
 use gnttab_abi::{DomId, GrantHandle, GrantRef, MapFlags};
 
@@ -78,9 +79,21 @@ impl Page {
 /// One slot of the list.
 #[derive(Clone, Copy)]
 struct Slot<'a> {
-    word: &'a AtomicU64,
+    page: &'a Page,
+    index: usize,
+}
+
+impl<'a> Slot<'a> {
+    #[inline(always)]
+    fn word(self) -> &'a AtomicU64 {
+        &self.page.words[self.index % RECORDS_PER_PAGE as usize]
+    }
+
     /// While live: when the mapping was made. While on a list: the next handle there, plus one; 0 ends it.
-    other: &'a AtomicU32,
+    #[inline(always)]
+    fn other(self) -> &'a AtomicU32 {
+        &self.page.others[self.index % RECORDS_PER_PAGE as usize]
+    }
 }
 
 /// A handle that is on no list, and whose record is free (rule 1).
@@ -94,15 +107,15 @@ impl Free<'_> {
     /// Fills the record; from here on the handle is live (HND-6: one store).
     #[inline]
     pub(crate) fn publish(self, record: Record, now: u64) -> GrantHandle {
-        self.slot.other.store(birth(now), Ordering::Relaxed);
-        self.slot.word.store(record.word(), Ordering::Release);
+        self.slot.other().store(birth(now), Ordering::Relaxed);
+        self.slot.word().store(record.word(), Ordering::Release);
         self.handle
     }
 
     /// Puts it on a list that begins with `top`; what it begins with then.
     #[inline]
     fn push(self, top: u32) -> u32 {
-        self.slot.other.store(top, Ordering::Relaxed);
+        self.slot.other().store(top, Ordering::Relaxed);
         self.handle.0 + 1
     }
 }
@@ -177,27 +190,14 @@ impl Maptrack {
         self.max_pages
     }
 
-    /// The list of a vCPU, while there are such lists.
+    /// A vCPU's way to the handles, for one call of its holder.
     #[inline]
-    fn own(&self, vcpu: usize) -> Option<&Own> {
-        // Sequentially consistent: the other half of the gatherer's store and wait.
-        (!self.gathered.load(Ordering::SeqCst)).then(|| self.own.get(vcpu))?
-    }
-
-    /// Takes a free handle for `vcpu`, whose holder calls this from inside a table. `None`: there is
-    /// none but what other vCPUs may keep to themselves (see [`Maptrack::gather`]).
-    #[inline]
-    pub(crate) fn allocate(&self, vcpu: usize) -> Option<Free<'_>> {
-        let own = self.own(vcpu);
-        if let Some(own) = own
-            && let Some((free, next)) = self.first(own.top.load(Ordering::Relaxed))
-        {
-            own.top.store(next, Ordering::Relaxed);
-            let length = own.length.load(Ordering::Relaxed);
-            own.length.store(length.wrapping_sub(1), Ordering::Relaxed);
-            return Some(free);
+    pub(crate) fn handles(&self, vcpu: usize) -> Handles<'_> {
+        Handles {
+            maptrack: self,
+            own: self.own.get(vcpu),
+            last: Cell::new(None),
         }
-        self.allocate_common(own)
     }
 
     #[cold]
@@ -241,15 +241,6 @@ impl Maptrack {
         }
     }
 
-    /// Gives a handle back to `vcpu`, whose holder calls this from inside a table.
-    #[inline]
-    pub(crate) fn release(&self, vcpu: usize, free: Free<'_>) {
-        match self.own(vcpu) {
-            Some(own) if own.length.load(Ordering::Relaxed) < OWN_MOST => push_own(own, free),
-            _ => self.release_common(free),
-        }
-    }
-
     /// Gives a handle back to the domain.
     #[cold]
     pub(crate) fn release_common(&self, free: Free<'_>) {
@@ -257,7 +248,7 @@ impl Maptrack {
         common.0 = free.push(common.0);
     }
 
-    /// Makes the handles of all vCPUs common. Called when [`Maptrack::allocate`] found none, from
+    /// Makes the handles of all vCPUs common. Called when [`Handles::allocate`] found none, from
     /// outside of all tables; `wait_for_all` returns when everybody who was inside one has left it.
     /// Afterwards they are, whoever did it.
     pub(crate) fn gather(&self, wait_for_all: impl FnOnce()) {
@@ -280,7 +271,7 @@ impl Maptrack {
     #[inline]
     fn first(&self, top: u32) -> Option<(Free<'_>, u32)> {
         let free = self.free(GrantHandle(top.checked_sub(1)?))?;
-        Some((free, free.slot.other.load(Ordering::Relaxed)))
+        Some((free, free.slot.other().load(Ordering::Relaxed)))
     }
 
     /// A handle that the caller knows to be free; `None` if it does not exist.
@@ -293,32 +284,24 @@ impl Maptrack {
     #[inline]
     fn slot(&self, handle: GrantHandle) -> Option<Slot<'_>> {
         let index = below(handle.0, self.limit())?;
-        let page = self.pages.get(index / RECORDS_PER_PAGE as usize)?.get(0)?;
-        let index = index % RECORDS_PER_PAGE as usize;
-        Some(Slot {
-            word: &page.words[index],
-            other: &page.others[index],
-        })
+        let page = self.page(index / RECORDS_PER_PAGE as usize)?;
+        Some(Slot { page, index })
+    }
+
+    #[inline]
+    fn page(&self, number: usize) -> Option<&Page> {
+        self.pages.get(number)?.get(0)
     }
 
     /// The record of a live handle.
-    #[inline]
     pub(crate) fn look(&self, handle: GrantHandle) -> Option<Record> {
-        Some(self.find(handle)?.record)
-    }
-
-    /// A live handle.
-    #[inline]
-    pub(crate) fn find(&self, handle: GrantHandle) -> Option<Live<'_>> {
-        let slot = self.slot(handle)?;
-        let record = Record::from_word(slot.word.load(Ordering::Acquire))?;
-        Some(Live { handle, slot, record })
+        Some(live(handle, self.slot(handle)?)?.record)
     }
 
     /// The record of a live handle and when it was made (see [`age`]), for observers.
     pub(crate) fn look_with_birth(&self, handle: GrantHandle) -> Option<(Record, u64)> {
         let record = self.look(handle)?;
-        let born = u64::from(self.slot(handle)?.other.load(Ordering::Relaxed)) << BIRTH_SHIFT;
+        let born = u64::from(self.slot(handle)?.other().load(Ordering::Relaxed)) << BIRTH_SHIFT;
         Some((record, born))
     }
 
@@ -362,6 +345,80 @@ impl Maptrack {
     }
 }
 
+/// What a live handle says; `None` of a free one.
+#[inline]
+fn live<'a>(handle: GrantHandle, slot: Slot<'a>) -> Option<Live<'a>> {
+    let record = Record::from_word(slot.word().load(Ordering::Acquire))?;
+    Some(Live { handle, slot, record })
+}
+
+/// See [`Maptrack::handles`].
+pub(crate) struct Handles<'a> {
+    maptrack: &'a Maptrack,
+    own: Option<&'a Own>,
+    /// The page of records that was looked into last, by number: the next handle is often there too.
+    last: Cell<Option<(usize, &'a Page)>>,
+}
+
+impl<'a> Handles<'a> {
+    /// The vCPU's own list, while there are such lists.
+    #[inline]
+    fn own(&self) -> Option<&'a Own> {
+        // Sequentially consistent: the other half of the gatherer's store and wait.
+        (!self.maptrack.gathered.load(Ordering::SeqCst)).then_some(self.own)?
+    }
+
+    /// Takes a free handle; called from inside a table. `None`: there is none but what other vCPUs may
+    /// keep to themselves (see [`Maptrack::gather`]).
+    #[inline(always)]
+    pub(crate) fn allocate(&self) -> Option<Free<'a>> {
+        let own = self.own();
+        if let Some(own) = own
+            && let Some(handle) = own.top.load(Ordering::Relaxed).checked_sub(1).map(GrantHandle)
+            && let Some(slot) = self.slot(handle)
+        {
+            own.top.store(slot.other().load(Ordering::Relaxed), Ordering::Relaxed);
+            let length = own.length.load(Ordering::Relaxed);
+            own.length.store(length.wrapping_sub(1), Ordering::Relaxed);
+            return Some(Free { handle, slot });
+        }
+        self.maptrack.allocate_common(own)
+    }
+
+    /// Gives a handle back; called from inside a table.
+    #[inline(always)]
+    pub(crate) fn release(&self, free: Free<'a>) {
+        match self.own() {
+            Some(own) if own.length.load(Ordering::Relaxed) < OWN_MOST => push_own(own, free),
+            _ => self.maptrack.release_common(free),
+        }
+    }
+
+    /// A live handle.
+    #[inline(always)]
+    pub(crate) fn find(&self, handle: GrantHandle) -> Option<Live<'a>> {
+        live(handle, self.slot(handle)?)
+    }
+
+    #[inline(always)]
+    fn slot(&self, handle: GrantHandle) -> Option<Slot<'a>> {
+        let index = below(handle.0, self.maptrack.limit())?;
+        let number = index / RECORDS_PER_PAGE as usize;
+        let page = match self.last.get() {
+            Some((last, page)) if last == number => page,
+            _ => self.look_into(number)?,
+        };
+        Some(Slot { page, index })
+    }
+
+    #[inline(never)]
+    fn look_into(&self, number: usize) -> Option<&'a Page> {
+        let page = self.maptrack.page(number)?;
+        self.last.set(Some((number, page)));
+        Some(page)
+    }
+}
+
 #[inline]
 fn push_own(own: &Own, free: Free<'_>) {
     own.top
@@ -386,7 +443,7 @@ impl<'a> Live<'a> {
         let idle = record.word();
         loop {
             match slot
-                .word
+                .word()
                 .compare_exchange(idle, idle | Record::BUSY, Ordering::AcqRel, Ordering::Acquire)
             {
                 Ok(_) => {
@@ -433,7 +490,7 @@ impl Drop for RecordClaim<'_> {
     #[inline]
     fn drop(&mut self) {
         let word = if self.is_empty() { 0 } else { self.left };
-        self.free.slot.word.store(word, Ordering::Release);
+        self.free.slot.word().store(word, Ordering::Release);
     }
 }
 
@@ -444,7 +501,7 @@ mod tests {
     use super::*;
 
     fn take(maptrack: &Maptrack, vcpu: usize) -> Option<GrantHandle> {
-        maptrack.allocate(vcpu).map(|free| free.handle)
+        maptrack.handles(vcpu).allocate().map(|free| free.handle)
     }
 
     fn record(flags: MapFlags) -> Record {
@@ -459,7 +516,7 @@ mod tests {
     fn a_limit_of_n_pages_gives_256_n_less_one() {
         for pages in 0..4 {
             let maptrack = Maptrack::new(pages, 1);
-            let live = core::iter::from_fn(|| maptrack.allocate(0)).count();
+            let live = core::iter::from_fn(|| maptrack.handles(0).allocate()).count();
             assert_eq!(live, (pages * RECORDS_PER_PAGE).saturating_sub(1) as usize);
         }
     }
@@ -471,10 +528,10 @@ mod tests {
         assert_eq!(take(&maptrack, 1), None, "the rest is the other vCPU's own");
         maptrack.gather(|| ());
         assert!(
-            maptrack.allocate(1).is_some(),
+            maptrack.handles(1).allocate().is_some(),
             "HND-5: other sources are tried first"
         );
-        maptrack.release(1, maptrack.free(first).unwrap());
+        maptrack.handles(1).release(maptrack.free(first).unwrap());
         assert_eq!(take(&maptrack, 0), Some(first));
     }
 
@@ -483,15 +540,15 @@ mod tests {
         let maptrack = Maptrack::new(8, 2);
         let all: Vec<GrantHandle> = core::iter::from_fn(|| take(&maptrack, 0)).collect();
         for handle in &all {
-            maptrack.release(1, maptrack.free(*handle).unwrap());
+            maptrack.handles(1).release(maptrack.free(*handle).unwrap());
         }
-        let own = core::iter::from_fn(|| maptrack.allocate(1)).count();
+        let own = core::iter::from_fn(|| maptrack.handles(1).allocate()).count();
         assert_eq!(own, all.len(), "nothing is lost");
         assert_eq!(take(&maptrack, 0), None);
         for handle in all.iter().take(OWN_MOST as usize + 7) {
-            maptrack.release(1, maptrack.free(*handle).unwrap());
+            maptrack.handles(1).release(maptrack.free(*handle).unwrap());
         }
-        let common = core::iter::from_fn(|| maptrack.allocate(0)).count();
+        let common = core::iter::from_fn(|| maptrack.handles(0).allocate()).count();
         assert_eq!(common, 7, "what is more than it may keep is everybody's");
     }
 

@@ -102,30 +102,6 @@ pub struct Answered {
     pub status: GrantStatus,
 }
 
-impl<H: Hypervisor> Vcpu<H> {
-    /// Counts an item of an operation and its answer, and tells the hypervisor of it.
-    #[inline(always)]
-    pub(crate) fn answer(
-        &self,
-        hv: &H,
-        operation: Op,
-        peer: Option<DomId>,
-        gref: Option<GrantRef>,
-        status: GrantStatus,
-    ) {
-        let counters = self.counters();
-        counters.operation(operation);
-        counters.status(status);
-        hv.answered(&Answered {
-            caller: self.domain.id(),
-            operation,
-            peer,
-            gref,
-            status,
-        });
-    }
-}
-
 /// Entries of a table by state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EntryCounts {

@@ -271,7 +271,7 @@ impl<'a, H: Hypervisor> Visit<'a, H> {
     /// The domain, with the processor inside its table until the next call; `None`: no such domain.
     #[inline]
     pub(crate) fn enter(&mut self, id: DomId) -> Option<&Room<'a, H>> {
-        let stays = |room: &Room<'_, H>| room.id() == id && room.table.gate.is_open();
+        let stays = |room: &Room<'_, H>| room.id() == id;
         if !self.inside.as_ref().is_some_and(stays) {
             self.enter_another(id);
         }

@@ -614,8 +614,7 @@ impl<'a> SharedV1<'a> {
 pub(crate) struct SharedV2<'a> {
     page: &'a PageWords,
     slot: usize,
-    status_page: &'a PageWords,
-    status_slot: usize,
+    status: &'a AtomicU16,
 }
 
 impl<'a> SharedV2<'a> {
@@ -629,8 +628,7 @@ impl<'a> SharedV2<'a> {
         SharedV2 {
             page,
             slot,
-            status_page,
-            status_slot,
+            status: status_page.u16(status_slot),
         }
     }
 
@@ -639,16 +637,11 @@ impl<'a> SharedV2<'a> {
         self.page.u32(self.slot * V2_HEAD_WORDS)
     }
 
-    #[inline]
-    fn status(&self) -> &'a AtomicU16 {
-        self.status_page.u16(self.status_slot)
-    }
-
     /// A hint: the entry will be read and its status word marked soon.
     #[inline(always)]
     pub(crate) fn expect(&self) {
         fetch_to_read(self.head());
-        fetch_to_write(self.status());
+        fetch_to_write(self.status);
     }
 
     /// One load of flags and grantee.
@@ -661,7 +654,7 @@ impl<'a> SharedV2<'a> {
     /// granter sees the mark or this sees the granter's change (spec 4.1.2 steps 3 to 5).
     #[inline]
     pub(crate) fn mark_then_load_head(&self, mark: EntryFlags, between: impl FnOnce()) -> EntryHead {
-        self.status().fetch_or(mark.bits(), Ordering::SeqCst);
+        self.status.fetch_or(mark.bits(), Ordering::SeqCst);
         full_barrier();
         between();
         EntryHead::from_word(self.head().load(Ordering::SeqCst))
@@ -670,15 +663,15 @@ impl<'a> SharedV2<'a> {
     /// Clears bits of the status word, and nothing else, in one step.
     #[inline]
     pub(crate) fn clear_status(&self, flags: EntryFlags) {
-        self.status().fetch_and(!flags.bits(), Ordering::Release);
+        self.status.fetch_and(!flags.bits(), Ordering::Release);
     }
 
     pub(crate) fn load_status(&self) -> EntryFlags {
-        EntryFlags::from_bits_retain(self.status().load(Ordering::Relaxed))
+        EntryFlags::from_bits_retain(self.status.load(Ordering::Relaxed))
     }
 
     pub(crate) fn store_status(&self, flags: EntryFlags) {
-        self.status().store(flags.bits(), Ordering::Relaxed);
+        self.status.store(flags.bits(), Ordering::Relaxed);
     }
 
     /// Replaces the head if it still is `old`; otherwise what was found.

@@ -239,7 +239,7 @@ impl<P: AsRef<PageWords>> Table<P> {
             table: self,
             version,
             entries: Cell::new(self.entries(version)),
-            last: Last::none(),
+            last: Cell::new(None),
         }
     }
 
@@ -274,32 +274,10 @@ pub(crate) struct View<'a, P> {
     /// N(GT) when it was last looked at.
     entries: Cell<u32>,
     /// The frame that was looked into last: the next entry is often there too.
-    last: Last<'a>,
+    last: Cell<Option<Sight<'a>>>,
 }
 
-/// What a view knows of a frame: it does not change while the version does not. Words of their own, so
-/// that only those are fetched that are wanted.
-struct Last<'a> {
-    /// `usize::MAX`: none.
-    index: Cell<usize>,
-    pieces: Cell<Option<&'a Pieces>>,
-    page: Cell<Option<&'a PageWords>>,
-    /// In version 2.
-    status: Cell<Option<&'a PageWords>>,
-}
-
-impl Last<'_> {
-    fn none() -> Self {
-        Last {
-            index: Cell::new(usize::MAX),
-            pieces: Cell::new(None),
-            page: Cell::new(None),
-            status: Cell::new(None),
-        }
-    }
-}
-
-/// A frame, for one look at it.
+/// What a view knows of a frame: it does not change while the version does not.
 #[derive(Clone, Copy)]
 struct Sight<'a> {
     index: usize,
@@ -342,7 +320,11 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
             None => self.place_in_grown(gref)?,
         };
         let per_page = entries_per_page(self.version) as usize;
-        Some((self.sight(index / per_page)?, index % per_page))
+        let sight = match self.last.get() {
+            Some(last) if last.index == index / per_page => last,
+            _ => self.look_into(index / per_page)?,
+        };
+        Some((sight, index % per_page))
     }
 
     /// A further look at how many entries there are.
@@ -352,33 +334,25 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
         below(gref.0, self.entries.get())
     }
 
-    #[inline(always)]
-    fn sight(&self, index: usize) -> Option<Sight<'a>> {
-        let last = &self.last;
-        if last.index.get() != index {
-            self.look_into(index)?;
-        }
-        Some(Sight {
-            index,
-            pieces: last.pieces.get()?,
-            page: last.page.get()?,
-            status: last.status.get(),
-        })
-    }
-
     #[inline(never)]
-    fn look_into(&self, index: usize) -> Option<()> {
-        let (frames, last) = (&self.table.frames, &self.last);
+    fn look_into(&self, index: usize) -> Option<Sight<'a>> {
+        let frames = &self.table.frames;
         let frame = frames.get(index)?;
-        let page = frame.page.get()?.as_ref();
-        if self.version == Version::V2 {
-            let first = frames.get(index - index % FRAMES_PER_STATUS as usize)?;
-            last.status.set(Some(first.status.get()?.as_ref()));
-        }
-        last.index.set(index);
-        last.pieces.set(Some(&frame.pieces));
-        last.page.set(Some(page));
-        Some(())
+        let status = match self.version {
+            Version::V1 => None,
+            Version::V2 => {
+                let first = frames.get(index - index % FRAMES_PER_STATUS as usize)?;
+                Some(first.status.get()?.as_ref())
+            }
+        };
+        let sight = Sight {
+            index,
+            pieces: &frame.pieces,
+            page: frame.page.get()?.as_ref(),
+            status,
+        };
+        self.last.set(Some(sight));
+        Some(sight)
     }
 
     /// The shared half of a reference's entry; `None` past the table.

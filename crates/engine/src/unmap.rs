@@ -10,7 +10,8 @@ use gnttab_abi::{
 };
 
 use crate::active::Pins;
-use crate::domain::Vcpu;
+use crate::caller::Caller;
+use crate::domain::{Domain, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{Access, DomainKind, Hook, HostUnmapping, Hypervisor};
 use crate::iommu;
@@ -54,36 +55,73 @@ impl From<&UnmapAndReplace> for Request {
 /// What phase 1 removed and phase 2 has to give back.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Removed {
-    granter: DomId,
-    gref: GrantRef,
     mfn: Mfn,
-    access: Access,
-    /// The kinds that were removed: host, device or both.
-    kinds: MapFlags,
+    gref: GrantRef,
+    granter: DomId,
+    /// The kinds that were removed, host, device or both, and whether they were read-only.
+    flags: MapFlags,
+}
+
+impl Removed {
+    const NOTHING: Removed = Removed {
+        mfn: Mfn(0),
+        gref: GrantRef(0),
+        granter: DomId(0),
+        flags: MapFlags::empty(),
+    };
+}
+
+/// What phase 1 removed for a group of `N` items.
+pub(crate) struct Group<const N: usize> {
+    removed: [Removed; N],
+    length: usize,
+}
+
+impl<const N: usize> Group<N> {
+    #[inline(always)]
+    pub(crate) fn new() -> Self {
+        Group {
+            removed: [Removed::NOTHING; N],
+            length: 0,
+        }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, removed: Removed) {
+        if let Some(place) = self.removed.get_mut(self.length) {
+            *place = removed;
+            self.length += 1;
+        }
+    }
+
+    #[inline(always)]
+    fn iter(&self) -> impl Iterator<Item = &Removed> {
+        self.removed.iter().take(self.length)
+    }
 }
 
 impl<H: Hypervisor> Processor<'_, H> {
     /// Unmaps grants in groups of [`UNMAP_GROUP`]. Every item's `status` is written.
     pub fn unmap(&mut self, vcpu: &Vcpu<H>, items: &mut [UnmapGrantRef]) {
-        let mut visit = self.visit();
-        for group in items.chunks_mut(UNMAP_GROUP) {
-            let mut removed = [None; UNMAP_GROUP];
-            for (item, removed) in group.iter_mut().zip(&mut removed) {
-                item.status = visit.unmap_first(vcpu, Op::UnmapGrantRef, (&*item).into(), removed);
+        let (mut visit, caller) = (self.visit(), vcpu.caller());
+        for items in items.chunks_mut(UNMAP_GROUP) {
+            let mut group: Group<UNMAP_GROUP> = Group::new();
+            for item in items {
+                item.status = visit.unmap_first(&caller, Op::UnmapGrantRef, (&*item).into(), &mut group);
             }
-            visit.unmap_second(vcpu, &removed);
+            visit.unmap_second(&caller, &group);
         }
     }
 
     /// Unmaps grants and puts the page-table entries of `new_addr` in their place.
     pub fn unmap_and_replace(&mut self, vcpu: &Vcpu<H>, items: &mut [UnmapAndReplace]) {
-        let mut visit = self.visit();
-        for group in items.chunks_mut(UNMAP_GROUP) {
-            let mut removed = [None; UNMAP_GROUP];
-            for (item, removed) in group.iter_mut().zip(&mut removed) {
-                item.status = visit.unmap_first(vcpu, Op::UnmapAndReplace, (&*item).into(), removed);
+        let (mut visit, caller) = (self.visit(), vcpu.caller());
+        for items in items.chunks_mut(UNMAP_GROUP) {
+            let mut group: Group<UNMAP_GROUP> = Group::new();
+            for item in items {
+                item.status = visit.unmap_first(&caller, Op::UnmapAndReplace, (&*item).into(), &mut group);
             }
-            visit.unmap_second(vcpu, &removed);
+            visit.unmap_second(&caller, &group);
         }
     }
 
@@ -94,43 +132,45 @@ impl<H: Hypervisor> Processor<'_, H> {
 }
 
 impl<H: Hypervisor> Visit<'_, H> {
-    /// Phase 1 of one item (spec 3.4.2), counted. What it removed is left in `place`.
-    #[inline]
-    pub(crate) fn unmap_first(
+    /// Phase 1 of one item (spec 3.4.2), counted. What it removed joins the group.
+    #[inline(always)]
+    pub(crate) fn unmap_first<const N: usize>(
         &mut self,
-        vcpu: &Vcpu<H>,
+        caller: &Caller<'_, H>,
         op: Op,
         request: Request,
-        place: &mut Option<Removed>,
+        group: &mut Group<N>,
     ) -> GrantStatus {
         self.begin_item();
-        let (status, removed) = self.unmap_one(vcpu, request);
+        let (status, removed) = self.unmap_one(caller, request);
         let (peer, gref) = match &removed {
             Some(removed) => (Some(removed.granter), Some(removed.gref)),
             None => (None, None),
         };
-        *place = removed;
-        vcpu.answer(&self.engine.hv, op, peer, gref, status);
+        if let Some(removed) = removed {
+            group.push(removed);
+        }
+        caller.answer(&self.engine.hv, op, peer, gref, status);
         status
     }
 
     #[inline(always)]
-    fn unmap_one(&mut self, vcpu: &Vcpu<H>, request: Request) -> (GrantStatus, Option<Removed>) {
+    fn unmap_one(&mut self, caller: &Caller<'_, H>, request: Request) -> (GrantStatus, Option<Removed>) {
         let engine = self.engine;
         let hv = &engine.hv;
-        let caller = &*vcpu.domain;
+        let domain = caller.domain;
         let refuse = |status| (status, None);
         // 1, 2
-        let Some(live) = caller.maptrack.find(request.handle) else {
+        let Some(live) = caller.handles.find(request.handle) else {
             return refuse(GrantStatus::BAD_HANDLE);
         };
         let record = live.record;
         // 3, 4
         let Some(granter) = self.enter(record.granter) else {
-            hv.crash(caller.private(), "a mapping outlived its granter");
+            hv.crash(domain.private(), "a mapping outlived its granter");
             return refuse(GrantStatus::GENERAL_ERROR);
         };
-        if !hv.may_unmap(caller.private(), granter.private()) {
+        if !hv.may_unmap(domain.private(), granter.private()) {
             return refuse(GrantStatus::PERMISSION_DENIED);
         }
         // 5
@@ -157,7 +197,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                 mfn,
                 flags: record.flags,
             };
-            if hv.unmap_host(caller.private(), &unmapping).is_err() {
+            if hv.unmap_host(domain.private(), &unmapping).is_err() {
                 return refuse(GrantStatus::GENERAL_ERROR);
             }
             claim.remove(MapFlags::HOST_MAP);
@@ -171,14 +211,14 @@ impl<H: Hypervisor> Visit<'_, H> {
         // 10
         let free = claim.finish();
         if let Some(free) = free {
-            caller.maptrack.release(vcpu.number, free);
+            caller.handles.release(free);
         }
         hv.hook(Hook::UnmapPass1);
         // 11
         let access = access_of(record.flags);
         let mut status = GrantStatus::OKAY;
-        let follows = free.is_some() && granter.id() != caller.id() && hv.iommu_follows(caller.private());
-        if follows && iommu::remove(hv, caller, mfn, access).is_err() {
+        let follows = free.is_some() && granter.id() != domain.id() && hv.iommu_follows(domain.private());
+        if follows && iommu::remove(hv, domain, mfn, access).is_err() {
             status = GrantStatus::GENERAL_ERROR;
         }
         // 12
@@ -186,55 +226,54 @@ impl<H: Hypervisor> Visit<'_, H> {
             hv.mark_dirty(granter.private(), mfn);
         }
         let removed = Removed {
-            granter: granter.id(),
-            gref: record.gref,
             mfn,
-            access,
-            kinds,
+            gref: record.gref,
+            granter: record.granter,
+            flags: kinds | record.flags & MapFlags::READONLY,
         };
         (status, (!kinds.is_empty()).then_some(removed))
     }
 
     /// The flush, then phase 2 for a group (spec 3.4.1, 3.4.3).
-    pub(crate) fn unmap_second(&mut self, vcpu: &Vcpu<H>, group: &[Option<Removed>]) {
-        let engine = self.engine;
-        let hv = &engine.hv;
-        if group.iter().all(Option::is_none) {
+    #[inline(always)]
+    pub(crate) fn unmap_second<const N: usize>(&mut self, caller: &Caller<'_, H>, group: &Group<N>) {
+        let (hv, domain) = (&self.engine.hv, caller.domain);
+        if group.length == 0 {
             return;
         }
         // A flush may take long: whoever wants a table alone need not wait for it.
         self.leave();
-        if !vcpu.domain.kind().is_external() {
-            hv.flush(vcpu.domain.private());
+        if !domain.kind().is_external() {
+            hv.flush(domain.private());
         }
         hv.hook(Hook::UnmapFlushed);
-        for removed in group.iter().flatten() {
-            self.give_back(vcpu.domain.kind(), vcpu.domain.id(), removed, removed.kinds);
+        for removed in group.iter() {
+            self.begin_item();
+            self.give_back(domain, removed, removed.flags);
         }
     }
 
     /// Lowers the pins of what was removed, then drops types and references for the kinds in
     /// `referenced`.
-    #[inline]
-    fn give_back(&mut self, kind: DomainKind, caller: DomId, removed: &Removed, referenced: MapFlags) {
+    #[inline(always)]
+    fn give_back(&mut self, domain: &Domain<H>, removed: &Removed, referenced: MapFlags) {
         let engine = self.engine;
         let hv = &engine.hv;
         let Removed {
-            granter,
-            gref,
             mfn,
-            access,
-            kinds,
+            gref,
+            granter,
+            flags,
         } = *removed;
-        let mut flags = kinds;
-        flags.set(MapFlags::READONLY, access == Access::Read);
+        let access = access_of(flags);
         let inside = self.enter(granter);
         let mut host_type = false;
         if let Some(granter) = inside {
             if let Some(entry) = granter.view.entry(gref) {
                 unpin(&entry, Pins::of_mapping(flags), access);
             }
-            host_type = takes_type(access, kind, granter.kind(), granter.id() == caller);
+            let itself = granter.id() == domain.id();
+            host_type = takes_type(access, domain.kind(), granter.kind(), itself);
         }
         // Still inside: once it is left, a dying granter can go, and nothing of it may be held then.
         if referenced.contains(MapFlags::DEVICE_MAP) {
@@ -255,7 +294,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         let engine = self.engine;
         let hv = &engine.hv;
         let caller = &*vcpu.domain;
-        let Some(live) = caller.maptrack.find(handle) else {
+        let Some(live) = vcpu.caller().handles.find(handle) else {
             return false;
         };
         let record = live.record;
@@ -282,13 +321,12 @@ impl<H: Hypervisor> Visit<'_, H> {
                 kinds & MapFlags::DEVICE_MAP
             };
             let removed = Removed {
-                granter: record.granter,
-                gref: record.gref,
                 mfn,
-                access,
-                kinds,
+                gref: record.gref,
+                granter: record.granter,
+                flags: kinds | record.flags & MapFlags::READONLY,
             };
-            self.give_back(caller.kind(), caller.id(), &removed, referenced);
+            self.give_back(caller, &removed, referenced);
         }
         if let Some(free) = free {
             caller.maptrack.release_common(free);

@@ -358,14 +358,14 @@ mod tests {
         let domain = scene.domain(C);
         let maptrack = &domain.maptrack;
         assert_eq!(kinds(&scene), []);
-        let handle = maptrack.allocate(0).unwrap().handle;
+        let handle = maptrack.handles(0).allocate().unwrap().handle;
         assert_eq!(kinds(&scene), [Audit::Handles], "lost");
-        maptrack.release(0, maptrack.free(handle).unwrap());
+        maptrack.handles(0).release(maptrack.free(handle).unwrap());
         assert_eq!(kinds(&scene), []);
-        maptrack.release(0, maptrack.free(handle).unwrap());
+        maptrack.handles(0).release(maptrack.free(handle).unwrap());
         assert_eq!(kinds(&scene), [Audit::Handles], "twice");
-        maptrack.allocate(0).unwrap();
-        maptrack.release(0, maptrack.free(mapped.handle).unwrap());
+        maptrack.handles(0).allocate().unwrap();
+        maptrack.handles(0).release(maptrack.free(mapped.handle).unwrap());
         assert_eq!(kinds(&scene), [Audit::Handles], "free and live");
     }
 

@@ -48,7 +48,7 @@ impl World {
 
     /// What a map does for a handle (spec 3.3 step 5).
     fn take(&self, vcpu: usize) -> Option<GrantHandle> {
-        let take = || self.inside(vcpu, |maptrack| Some(maptrack.allocate(vcpu)?.handle));
+        let take = || self.inside(vcpu, |maptrack| Some(maptrack.handles(vcpu).allocate()?.handle));
         let handle = take().or_else(|| {
             self.maptrack.gather(|| self.presence.wait_for_all());
             take()
@@ -69,7 +69,7 @@ impl World {
     fn give_back(&self, vcpu: usize, handle: GrantHandle) {
         self.own(handle);
         self.inside(vcpu, |maptrack| {
-            maptrack.release(vcpu, maptrack.free(handle).unwrap())
+            maptrack.handles(vcpu).release(maptrack.free(handle).unwrap())
         });
     }
 
