@@ -49,6 +49,16 @@ pub(crate) struct Uses {
     own_bytes: (u16, u16),
 }
 
+impl Uses {
+    const NONE: Uses = Uses {
+        granter: DomId::INVALID,
+        gref: GrantRef(0),
+        bytes: (0, 0),
+        own: 0,
+        own_bytes: (0, 0),
+    };
+}
+
 impl Foresee for MapGrantRef {
     const SIZE: usize = MapGrantRef::size(Abi::X86_64);
 
@@ -104,21 +114,30 @@ impl Foresee for Copy {
 
 /// What is known of the group behind the one at work.
 pub(crate) struct Ahead<T> {
-    uses: [Option<Uses>; GROUP as usize],
+    uses: [Uses; GROUP as usize],
+    /// So many of them.
+    known: usize,
     kind: PhantomData<T>,
 }
 
 impl<T: Foresee> Ahead<T> {
     pub(crate) fn new() -> Ahead<T> {
         Ahead {
-            uses: [None; GROUP as usize],
+            uses: [Uses::NONE; GROUP as usize],
+            known: 0,
             kind: PhantomData,
         }
     }
 
-    /// Called before item `index` of a batch of `count`; `peek` looks at the items from one on, and may not
-    /// want to. Works for the table that the processor is inside, or the first that it comes upon.
+    /// Whether there is something to do before item `index` of a batch of `count`.
     #[inline(always)]
+    pub(crate) fn is_due(index: u32, count: u32) -> bool {
+        index.is_multiple_of(HALF) && count >= SMALLEST
+    }
+
+    /// Called before an item where it is due; `peek` looks at the item of a number, and may not want to. Works
+    /// for the table that the processor is inside, or the first that it comes upon.
+    #[inline(never)]
     pub(crate) fn step<H: Hypervisor>(
         &mut self,
         visit: &mut Visit<'_, H>,
@@ -127,9 +146,6 @@ impl<T: Foresee> Ahead<T> {
         count: u32,
         peek: impl Fn(u32, &mut [u8]) -> bool,
     ) {
-        if count < SMALLEST || !index.is_multiple_of(HALF) {
-            return;
-        }
         if index == 0 {
             // Nobody was ahead of the first.
             self.expect_entries(visit, caller, 0, count, &peek);
@@ -143,7 +159,7 @@ impl<T: Foresee> Ahead<T> {
     }
 
     /// Looks at the items of a group, and asks for their entries and for what is the caller's own.
-    #[inline(never)]
+    #[inline(always)]
     fn expect_entries<H: Hypervisor>(
         &mut self,
         visit: &mut Visit<'_, H>,
@@ -153,27 +169,29 @@ impl<T: Foresee> Ahead<T> {
         peek: &impl Fn(u32, &mut [u8]) -> bool,
     ) {
         let engine = visit.engine;
-        let items = count.saturating_sub(first).min(GROUP) as usize;
-        let mut raw = [0; GROUP as usize * LARGEST];
-        self.uses = [None; GROUP as usize];
-        if items == 0 || !peek(first, &mut raw[..items * T::SIZE]) {
-            return;
-        }
-        for (place, raw) in self.uses.iter_mut().zip(raw.chunks_exact(T::SIZE)).take(items) {
-            *place = T::uses(raw, caller.id());
-            let Some(uses) = place else { return };
+        self.known = 0;
+        for (index, place) in (first..count).zip(&mut self.uses) {
+            let mut raw = [0; LARGEST];
+            if !peek(index, &mut raw[..T::SIZE]) {
+                return;
+            }
+            let Some(uses) = T::uses(&raw, caller.id()) else {
+                return;
+            };
+            *place = uses;
+            self.known += 1;
             if let Some(granter) = visit.inside(uses.granter) {
                 granter.view.expect(uses.gref);
             }
-            T::expect_own(&engine.hv, caller.private(), uses);
+            T::expect_own(&engine.hv, caller.private(), &uses);
         }
     }
 
     /// Asks for what the entries of the group lead to, where they are for the caller.
-    #[inline(never)]
+    #[inline(always)]
     fn expect_frames<H: Hypervisor>(&self, visit: &mut Visit<'_, H>, caller: DomId) {
         let engine = visit.engine;
-        for uses in self.uses.iter().map_while(Option::as_ref) {
+        for uses in self.uses.iter().take(self.known) {
             if let Some(granter) = visit.inside(uses.granter)
                 && let Some(shared) = granter.view.shared(uses.gref)
                 && shared.load_head().domid == caller

@@ -200,10 +200,10 @@ impl<M: GuestMemory + ?Sized> Args<'_, M> {
         self.memory.read(self.at(index, size), &mut raw[..size])
     }
 
-    /// A look at arguments ahead of their turn.
+    /// A look at an argument ahead of its turn.
     #[inline(always)]
-    fn peek(self, first: u32, size: usize, into: &mut [u8]) -> bool {
-        self.memory.peek(self.at(first, size), into)
+    fn peek(self, index: u32, size: usize, into: &mut [u8]) -> bool {
+        self.memory.peek(self.at(index, size), into)
     }
 
     /// Writes the start of an argument.
@@ -361,22 +361,25 @@ where
 
     fn map(&mut self) -> Result<(), Stop> {
         let size = MapGrantRef::size(self.abi);
+        let (abi, args, count) = (self.abi, self.args, self.call.count);
         let now = self.cpu.engine.hv.now();
         let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
         let mut ahead: Ahead<MapGrantRef> = Ahead::new();
-        for index in 0..self.call.count {
+        for index in 0..count {
             yield_before(index, self.yield_now)?;
-            ahead.step(&mut visit, caller.domain, index, self.call.count, |first, into| {
-                self.args.peek(first, size, into)
-            });
+            if Ahead::<MapGrantRef>::is_due(index, count) {
+                ahead.step(&mut visit, caller.domain, index, count, |index, into| {
+                    args.peek(index, size, into)
+                });
+            }
             let mut raw = [0; LARGEST];
-            self.args.read(index, size, &mut raw)?;
-            let item = decoded(MapGrantRef::decode(self.abi, &raw))?;
+            args.read(index, size, &mut raw)?;
+            let item = decoded(MapGrantRef::decode(abi, &raw))?;
             let answer = visit.map_item(&caller, &item, now);
             // An array of its own: the structure has no padding that had to stay.
             let mut raw = [0; LARGEST];
-            answer.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
-            self.args.write_whole(index, size, raw)?;
+            answer.encode(abi, &mut raw).map_err(|_| Errno::Fault)?;
+            args.write_whole(index, size, raw)?;
         }
         Ok(())
     }
@@ -467,16 +470,18 @@ where
     /// A caller's copies whose arguments are wide.
     fn copy(&mut self) -> Result<(), Stop> {
         const SIZE: usize = Copy::size(Abi::X86_64);
-        let (args, yield_now) = (self.args, &mut *self.yield_now);
+        let (args, count, yield_now) = (self.args, self.call.count, &mut *self.yield_now);
         let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
         let mut run = Run::new();
         let mut ahead: Ahead<Copy> = Ahead::new();
         let mut items = || -> Result<(), Stop> {
-            for index in 0..self.call.count {
+            for index in 0..count {
                 yield_before(index, yield_now)?;
-                ahead.step(&mut visit, caller.domain, index, self.call.count, |first, into| {
-                    args.peek(first, SIZE, into)
-                });
+                if Ahead::<Copy>::is_due(index, count) {
+                    ahead.step(&mut visit, caller.domain, index, count, |index, into| {
+                        args.peek(index, SIZE, into)
+                    });
+                }
                 let mut raw = [0; LARGEST];
                 args.read(index, SIZE, &mut raw)?;
                 let item = decoded(Copy::decode(Abi::X86_64, &raw))?;

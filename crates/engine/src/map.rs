@@ -45,7 +45,7 @@ pub(crate) fn status_of(error: ResolveError) -> GrantStatus {
 }
 
 /// What step 14 took, so that a failure gives back exactly that (ENG-3).
-#[derive(Clone, Copy, Default)]
+#[derive(Default)]
 struct Taken {
     frames: u32,
     types: u32,
@@ -126,7 +126,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         // 5
         hv.hook(Hook::HandlePeek);
         let Some(free) = caller.handles.allocate() else {
-            return self.map_with_gathered(caller, item, now, gathered);
+            return self.map_with_gathered(caller, *item, now, gathered);
         };
         let done = Mapping::new(hv, domain, granter, item, pins).make();
         if done.is_err() {
@@ -148,7 +148,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     fn map_with_gathered(
         &mut self,
         caller: &Caller<'_, H>,
-        item: &MapGrantRef,
+        item: MapGrantRef,
         now: u64,
         gathered: bool,
     ) -> Result<(GrantHandle, Mfn), GrantStatus> {
@@ -158,7 +158,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         self.leave();
         let registry = &self.engine.registry;
         caller.domain.maptrack.gather(|| registry.wait_for_all());
-        self.map_one(caller, item, now, true)
+        self.map_one(caller, &item, now, true)
     }
 }
 
@@ -175,14 +175,6 @@ struct Mapping<'a, 'r, H: Hypervisor> {
     /// Whether any mapping does.
     any_type: bool,
 }
-
-impl<H: Hypervisor> Clone for Mapping<'_, '_, H> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<H: Hypervisor> Copy for Mapping<'_, '_, H> {}
 
 impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
     #[inline(always)]
@@ -246,7 +238,22 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         let done = self.install(&entry, mfn, owner, &mut taken);
         if done.is_err() {
             self.hv.hook(Hook::MapUnwind);
-            self.undo(entry, mfn, taken);
+            let unmapping = taken.host.then(|| HostUnmapping {
+                addr: self.item.host_addr,
+                new_addr: 0,
+                mfn,
+                flags: self.item.flags,
+            });
+            let undone = Undone {
+                entry,
+                pins: self.pins,
+                access,
+                mfn,
+                unmapping,
+                types: taken.types,
+                frames: taken.frames,
+            };
+            undo(self.hv, self.caller.private(), undone);
         }
         done.map(|()| mfn).map_err(|Failed| GrantStatus::GENERAL_ERROR)
     }
@@ -340,25 +347,31 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         Ok(())
     }
 
-    /// Gives back what was taken; the pins go before the references that they stand for (CPY-6). By value: what
-    /// is in registers where all goes well is to stay there.
-    #[cold]
-    fn undo(self, entry: Entry<'_>, mfn: Mfn, taken: Taken) {
-        if taken.host {
-            let unmapping = HostUnmapping {
-                addr: self.item.host_addr,
-                new_addr: 0,
-                mfn,
-                flags: self.item.flags,
-            };
-            // What was just made is there, unless the caller's own processors tore it down.
-            let _ = self.hv.unmap_host(self.caller.private(), &unmapping);
-            self.hv.flush(self.caller.private());
-        }
-        unpin(&entry, self.pins, self.access);
-        (0..taken.types).for_each(|_| self.hv.put_writable(mfn));
-        (0..taken.frames).for_each(|_| self.hv.put_frame(mfn));
+}
+
+/// What `undo` works on. Handed over by value: what is in registers where all goes well is to stay there.
+struct Undone<'e> {
+    entry: Entry<'e>,
+    pins: Pins,
+    access: Access,
+    mfn: Mfn,
+    unmapping: Option<HostUnmapping>,
+    types: u32,
+    frames: u32,
+}
+
+/// Gives back what was taken; the pins go before the references that they stand for (CPY-6).
+#[cold]
+#[inline(never)]
+fn undo<H: Hypervisor>(hv: &H, caller: &H::Domain, undone: Undone<'_>) {
+    if let Some(unmapping) = undone.unmapping {
+        // What was just made is there, unless the caller's own processors tore it down.
+        let _ = hv.unmap_host(caller, &unmapping);
+        hv.flush(caller);
     }
+    unpin(&undone.entry, undone.pins, undone.access);
+    (0..undone.types).for_each(|_| hv.put_writable(undone.mfn));
+    (0..undone.frames).for_each(|_| hv.put_frame(undone.mfn));
 }
 
 /// A step of 13 to 16 failed: *general_error*.

@@ -11,7 +11,7 @@ use gnttab_abi::{
 };
 
 use crate::active::PinCounts;
-use crate::domain::{Domain, Vcpu, Version};
+use crate::domain::{Domain, Version};
 use crate::engine::Processor;
 use crate::hypervisor::{DomainKind, Hypervisor};
 use crate::maptrack::age;

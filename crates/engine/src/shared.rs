@@ -225,7 +225,7 @@ impl PageWords {
             Form::Quarter => into.copy_from_slice(&run.u16().load(Ordering::Relaxed).to_le_bytes()),
             // What lies in registers otherwise stays there: the bytes of an argument are not to be given an
             // address for the sake of the few that lie across words.
-            Form::Askew => into.copy_from_slice(&run.load_askew(len)[..len]),
+            Form::Askew => into.copy_from_slice(&load_askew(pages, run.offset, len)[..len]),
             Form::Bytes => run.load(into),
         }
         true
@@ -256,7 +256,7 @@ impl PageWords {
             Form::Askew => {
                 let mut few = [0; FEW];
                 few[..len].copy_from_slice(bytes);
-                run.store_askew(few, len);
+                store_askew(pages, run.offset, few, len);
             }
             Form::Bytes => run.store(bytes),
         }
@@ -443,16 +443,23 @@ impl<'a> Run<'a> {
         }
     }
 
-    #[cold]
-    fn load_askew(self, len: usize) -> [u8; FEW] {
-        let mut few = [0; FEW];
-        self.load(&mut few[..len]);
-        few
-    }
+}
 
-    #[cold]
-    fn store_askew(self, few: [u8; FEW], len: usize) {
-        self.store(&few[..len]);
+#[cfg(not(loom))]
+#[cold]
+fn load_askew(pages: &[PageWords], offset: usize, len: usize) -> [u8; FEW] {
+    let mut few = [0; FEW];
+    if let Some(run) = Run::at(pages, offset, len) {
+        run.load(&mut few[..len]);
+    }
+    few
+}
+
+#[cfg(not(loom))]
+#[cold]
+fn store_askew(pages: &[PageWords], offset: usize, few: [u8; FEW], len: usize) {
+    if let Some(run) = Run::at(pages, offset, len) {
+        run.store(&few[..len]);
     }
 }
 
@@ -535,6 +542,7 @@ const V2_HEAD_WORDS: usize = 4;
 
 /// A version 1 entry in its page. Having one tells you: the index was inside the table.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub(crate) struct SharedV1<'a> {
     page: &'a PageWords,
     slot: usize,
@@ -610,11 +618,15 @@ impl<'a> SharedV1<'a> {
 }
 
 /// A version 2 entry and its status word. Having one tells you: the index was inside the table.
+///
+/// The status word comes first: so the two versions have page and slot at the same place wherever it may be
+/// either, and only the status word tells them apart.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub(crate) struct SharedV2<'a> {
+    status: &'a AtomicU16,
     page: &'a PageWords,
     slot: usize,
-    status: &'a AtomicU16,
 }
 
 impl<'a> SharedV2<'a> {
@@ -626,9 +638,9 @@ impl<'a> SharedV2<'a> {
         status_slot: usize,
     ) -> Self {
         SharedV2 {
+            status: status_page.u16(status_slot),
             page,
             slot,
-            status: status_page.u16(status_slot),
         }
     }
 

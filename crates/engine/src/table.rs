@@ -238,6 +238,7 @@ impl<P: AsRef<PageWords>> Table<P> {
         View {
             table: self,
             version,
+            per_page: entries_per_page(version).ilog2(),
             entries: Cell::new(self.entries(version)),
             last: Cell::new(None),
         }
@@ -271,6 +272,8 @@ pub(crate) const fn entries_per_page(version: Version) -> u32 {
 pub(crate) struct View<'a, P> {
     table: &'a Table<P>,
     version: Version,
+    /// Entries in one grant frame, as a power of two.
+    per_page: u32,
     /// N(GT) when it was last looked at.
     entries: Cell<u32>,
     /// The frame that was looked into last: the next entry is often there too.
@@ -319,12 +322,12 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
             Some(index) => index,
             None => self.place_in_grown(gref)?,
         };
-        let per_page = entries_per_page(self.version) as usize;
+        let frame = index >> self.per_page;
         let sight = match self.last.get() {
-            Some(last) if last.index == index / per_page => last,
-            _ => self.look_into(index / per_page)?,
+            Some(last) if last.index == frame => last,
+            _ => self.look_into(frame)?,
         };
-        Some((sight, index % per_page))
+        Some((sight, index - (frame << self.per_page)))
     }
 
     /// A further look at how many entries there are.

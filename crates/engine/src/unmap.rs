@@ -13,7 +13,7 @@ use crate::active::Pins;
 use crate::caller::Caller;
 use crate::domain::{Domain, Vcpu};
 use crate::engine::Processor;
-use crate::hypervisor::{Access, DomainKind, Hook, HostUnmapping, Hypervisor};
+use crate::hypervisor::{Access, Hook, HostUnmapping, Hypervisor};
 use crate::iommu;
 use crate::map::{access_of, takes_type, unpin};
 use crate::registry::Visit;
