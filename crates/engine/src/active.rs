@@ -36,17 +36,33 @@ impl Pins {
     #[cfg(test)]
     pub(crate) const DEVICE_READ: Pins = Pins(1 << 24);
 
+    /// By the three flags that matter.
+    const OF_FLAGS: [Pins; 8] = {
+        let (host, device) = (MapFlags::HOST_MAP.bits(), MapFlags::DEVICE_MAP.bits());
+        let read_only = MapFlags::READONLY.bits();
+        assert!(host | device | read_only == 7, "they are the lowest");
+        let mut all = [Pins(0); 8];
+        let mut flags = 0;
+        while flags < 8 {
+            // The counter of reads lies above that of writes.
+            let above = if flags & read_only == 0 { 0 } else { 8 };
+            if flags & host != 0 {
+                all[flags as usize].0 |= Pins::HOST_WRITE.0 << above;
+            }
+            if flags & device != 0 {
+                all[flags as usize].0 |= Pins::DEVICE_WRITE.0 << above;
+            }
+            flags += 1;
+        }
+        all
+    };
     const TOP_BITS: u32 = 0x8080_8080;
     const WRITES: u32 = 0x00FF_00FF;
 
     /// What a mapping with these flags pins (spec 3.3 step 1).
     #[inline]
     pub(crate) fn of_mapping(flags: MapFlags) -> Pins {
-        let host = u32::from(flags.contains(MapFlags::HOST_MAP)) * Self::HOST_WRITE.0;
-        let device = u32::from(flags.contains(MapFlags::DEVICE_MAP)) * Self::DEVICE_WRITE.0;
-        // The counter of reads lies above that of writes.
-        let above = u32::from(flags.contains(MapFlags::READONLY)) * 8;
-        Pins((host | device) << above)
+        Self::OF_FLAGS[(flags.bits() & 7) as usize]
     }
 
     #[inline]
@@ -283,26 +299,31 @@ impl<'a> Active<'a> {
         })
     }
 
-    /// Lowers pins in a state that was `seen`. `tell` is given a state with the pins already lowered when
-    /// the shared entry has to be told, and runs with the entry held.
+    /// Lowers pins in a state that was `seen`. `news` says what a state with the pins already lowered means to
+    /// the shared entry; if anything, `tell` is called with it, and with the entry held.
     #[inline(always)]
-    pub(crate) fn drop_pins(
+    pub(crate) fn drop_pins<N>(
         self,
         mut seen: State,
         pins: Pins,
-        must_tell: impl Fn(State) -> bool,
-        tell: impl FnOnce(State),
+        news: impl Fn(State) -> Option<N>,
+        tell: impl FnOnce(N),
     ) {
         loop {
             let left = seen.minus(pins);
-            if !must_tell(left) {
-                if self.exchange(seen, left) {
-                    return;
+            match news(left) {
+                None => {
+                    if self.exchange(seen, left) {
+                        return;
+                    }
                 }
-            } else if let Some(mut claim) = self.claim(seen) {
-                tell(left);
-                claim.result = left;
-                return;
+                Some(news) => {
+                    if let Some(mut claim) = self.claim(seen) {
+                        tell(news);
+                        claim.result = left;
+                        return;
+                    }
+                }
             }
             seen = self.load();
         }
@@ -435,12 +456,12 @@ mod tests {
         let entry = actives.get(0);
         first(entry, Pins::HOST_WRITE);
         assert!(entry.add_pins(entry.load(), Pins::HOST_READ));
-        entry.drop_pins(entry.load(), Pins::HOST_WRITE, |_| false, |_| ());
+        entry.drop_pins(entry.load(), Pins::HOST_WRITE, |_| None, |()| ());
         assert_eq!((entry.load().grantee(), entry.mfn()), (D2, FRAME));
         entry.drop_pins(
             entry.load(),
             Pins::HOST_READ,
-            |left| !left.is_pinned(),
+            |left| (!left.is_pinned()).then_some(left),
             |left| assert_eq!(left, State(0)),
         );
         assert_eq!(entry.load(), State(0));

@@ -24,6 +24,18 @@ pub(crate) fn below_wide(index: usize, bound: usize) -> Option<usize> {
     Some(index & mask(index, bound))
 }
 
+/// How far an index is behind `first`, if that is less than `length`, a power of two; clamped by it.
+#[inline(always)]
+pub(crate) fn behind(index: u32, first: u32, length: u32) -> Option<usize> {
+    let distance = index.wrapping_sub(first);
+    if distance >= length {
+        return None;
+    }
+    #[cfg(feature = "fences")]
+    barrier();
+    Some((distance & (length - 1)) as usize)
+}
+
 /// All ones if `index` is below `bound`, otherwise 0; without a branch.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[inline(always)]
@@ -102,6 +114,9 @@ mod tests {
                 assert_eq!(mask(index, bound), if inside { usize::MAX } else { 0 });
                 assert_eq!(below_wide(index, bound), inside.then_some(index));
             }
+        }
+        for (index, first, found) in [(4, 5, None), (5, 5, Some(0)), (8, 5, Some(3)), (9, 5, None), (u32::MAX, 5, None)] {
+            assert_eq!(behind(index, first, 4), found);
         }
         assert_eq!(below(u32::MAX, u32::MAX), None);
         assert_eq!(below(u32::MAX - 1, u32::MAX), Some(u32::MAX as usize - 1));

@@ -121,26 +121,29 @@ fn begin_v2<H: Hypervisor>(
     Ok(head)
 }
 
-/// The marks that a use leaves to be cleared when it ends with `left` in force (spec 4.3 step 1).
+/// The marks that a use leaves to be cleared when it ends with `left` in force (spec 4.3 step 1), if any.
 #[inline(always)]
-pub(crate) fn marks_to_clear(left: State, ended: Access) -> EntryFlags {
-    let mut marks = EntryFlags::empty();
-    if !left.is_pinned() {
-        marks |= EntryFlags::READING;
+pub(crate) fn marks_to_clear(left: State, ended: Access) -> Option<EntryFlags> {
+    let writes = ended == Access::Write && !left.is_write_pinned();
+    match (left.is_pinned(), writes) {
+        (true, false) => None,
+        (true, true) => Some(EntryFlags::WRITING),
+        (false, false) => Some(EntryFlags::READING),
+        (false, true) => Some(EntryFlags::IN_USE),
     }
-    if ended == Access::Write && !left.is_write_pinned() {
-        marks |= EntryFlags::WRITING;
-    }
-    marks
 }
 
 /// Gives the shared entry back after a use, or an attempt, that wanted `ended` (spec 4.3).
 #[inline(always)]
 pub(crate) fn end_use(entry: &SharedEntry<'_>, left: State, ended: Access) {
-    let marks = marks_to_clear(left, ended);
-    if marks.is_empty() {
-        return;
+    if let Some(marks) = marks_to_clear(left, ended) {
+        clear_marks(entry, marks);
     }
+}
+
+/// Clears marks, with the entry held.
+#[inline(always)]
+pub(crate) fn clear_marks(entry: &SharedEntry<'_>, marks: EntryFlags) {
     match entry {
         SharedEntry::V1(entry) => entry.clear_flags(marks),
         SharedEntry::V2(entry) => entry.clear_status(marks),

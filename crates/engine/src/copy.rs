@@ -18,12 +18,12 @@ use gnttab_abi::{
 
 use crate::active::{Extra, Pins, State, UseKind};
 use crate::caller::Caller;
-use crate::claim::{Wanted, begin_use, end_use, marks_to_clear};
+use crate::claim::{Wanted, begin_use, clear_marks, end_use, marks_to_clear};
 use crate::domain::{Domain, Reference, Vcpu, Version};
 use crate::engine::Processor;
 use crate::hypervisor::{Access, FrameOwner, Hook, Hypervisor, Resolved};
 use crate::map::status_of;
-use crate::registry::Visit;
+use crate::registry::{LEAVE_AFTER, Visit};
 use crate::sync::Ordering;
 use crate::table::{Entry, SharedEntry};
 use crate::unmap::put;
@@ -109,8 +109,11 @@ impl<H: Hypervisor> Processor<'_, H> {
     pub fn copy(&mut self, vcpu: &Vcpu<H>, items: &mut [Copy]) {
         let (mut visit, caller) = (self.visit(), vcpu.caller());
         let mut run = Run::new();
-        for item in items {
-            item.status = visit.copy_item(&caller, &mut run, item);
+        for items in items.chunks_mut(LEAVE_AFTER) {
+            visit.leave();
+            for item in items {
+                item.status = visit.copy_item(&caller, &mut run, item);
+            }
         }
         visit.end_copy(&mut run);
     }
@@ -558,9 +561,14 @@ fn lower<H: Hypervisor>(domain: &Domain<H>, entry: &Entry<'_>, access: Access, s
     entry.active.drop_pins(
         seen,
         pins_of(access),
-        |left| ends(left) || !marks_to_clear(left, access).is_empty(),
         |left| {
-            end_use(&entry.shared, left, access);
+            let marks = marks_to_clear(left, access);
+            (ends(left) || marks.is_some()).then_some((left, marks))
+        },
+        |(left, marks)| {
+            if let Some(marks) = marks {
+                clear_marks(&entry.shared, marks);
+            }
             if ends(left) {
                 domain.table.v2_ops.fetch_sub(1, Ordering::SeqCst);
             }

@@ -22,6 +22,7 @@ use crate::copy::Run;
 use crate::domain::{Reference, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{DomainKind, Hypervisor};
+use crate::registry;
 use crate::unmap::{Group, Request, UNMAP_GROUP};
 
 /// Guest memory could not be read or written.
@@ -368,6 +369,9 @@ where
         for index in 0..count {
             yield_before(index, self.yield_now)?;
             if Ahead::<MapGrantRef>::is_due(index, count) {
+                if index.is_multiple_of(LEAVE_AFTER) {
+                    visit.leave();
+                }
                 ahead.step(&mut visit, caller.domain, index, count, |index, into| {
                     args.peek(index, size, into)
                 });
@@ -431,19 +435,17 @@ where
         let items = u32::try_from(N).map_or(count, |most| most.min(count));
         let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
         let mut group: Group<N> = Group::new();
-        let mut done = Ok(());
-        for index in first..first + items {
-            let mut raw = [0; LARGEST];
-            let read = args.read(index, size, &mut raw).map_err(Errno::from);
-            done = read.and_then(|()| decode(&raw)).and_then(|request| {
-                let status = visit.unmap_first(&caller, op, request, &mut group);
+        let mut first_phase = || -> Result<(), Errno> {
+            for index in first..first + items {
+                let mut raw = [0; LARGEST];
+                args.read(index, size, &mut raw)?;
+                let status = visit.unmap_first(&caller, op, decode(&raw)?, &mut group);
                 // Both structures have their status at the same place.
-                Ok(args.write_status(index, size, 20, status)?)
-            });
-            if done.is_err() {
-                break;
+                args.write_status(index, size, 20, status)?;
             }
-        }
+            Ok(())
+        };
+        let done = first_phase();
         visit.unmap_second(&caller, &group);
         done?;
         Ok(items)
@@ -478,6 +480,9 @@ where
             for index in 0..count {
                 yield_before(index, yield_now)?;
                 if Ahead::<Copy>::is_due(index, count) {
+                    if index.is_multiple_of(LEAVE_AFTER) {
+                        visit.leave();
+                    }
                     ahead.step(&mut visit, caller.domain, index, count, |index, into| {
                         args.peek(index, SIZE, into)
                     });
@@ -767,6 +772,10 @@ where
 fn decoded<T>(item: Result<T, Truncated>) -> Result<T, Errno> {
     item.map_err(|_| Errno::Fault)
 }
+
+/// [`registry::LEAVE_AFTER`] as a count of items.
+#[expect(clippy::cast_possible_truncation, reason = "64")]
+const LEAVE_AFTER: u32 = registry::LEAVE_AFTER as u32;
 
 /// The commands that an HVM caller may pass, all 32 bits compared (step 1).
 fn hvm_may_call(command: Command) -> bool {

@@ -10,7 +10,7 @@ use gnttab_abi::{DomId, EntryFlags, Gfn, GrantHandle, GrantStatus, MapFlags, Map
 
 use crate::active::{Pins, State, UseKind};
 use crate::caller::Caller;
-use crate::claim::{Wanted, begin_use, end_use, marks_to_clear};
+use crate::claim::{Wanted, begin_use, clear_marks, end_use, marks_to_clear};
 use crate::domain::{Domain, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{
@@ -18,7 +18,7 @@ use crate::hypervisor::{
 };
 use crate::iommu;
 use crate::maptrack::Record;
-use crate::registry::{Room, Visit};
+use crate::registry::{LEAVE_AFTER, Room, Visit};
 use crate::table::Entry;
 
 /// The access that flags ask for.
@@ -34,7 +34,7 @@ pub(crate) fn access_of(flags: MapFlags) -> Access {
 /// Whether a host mapping takes the writable page type (spec 3.3 step 14c, 4.5).
 #[inline]
 pub(crate) fn takes_type(access: Access, grantee: DomainKind, granter: DomainKind, itself: bool) -> bool {
-    access == Access::Write && grantee != DomainKind::Arm && (itself || !granter.is_external())
+    access == Access::Write && grantee != DomainKind::Arm && (!granter.is_external() || itself)
 }
 
 pub(crate) fn status_of(error: ResolveError) -> GrantStatus {
@@ -75,8 +75,11 @@ impl<H: Hypervisor> Processor<'_, H> {
     pub fn map(&mut self, vcpu: &Vcpu<H>, items: &mut [MapGrantRef]) {
         let now = self.engine.hv.now();
         let (mut visit, caller) = (self.visit(), vcpu.caller());
-        for item in items {
-            *item = visit.map_item(&caller, item, now);
+        for items in items.chunks_mut(LEAVE_AFTER) {
+            visit.leave();
+            for item in items {
+                *item = visit.map_item(&caller, item, now);
+            }
         }
     }
 }
@@ -430,7 +433,7 @@ pub(crate) fn unpin(entry: &Entry<'_>, pins: Pins, ended: Access) {
     entry.active.drop_pins(
         entry.active.load(),
         pins,
-        |left| !marks_to_clear(left, ended).is_empty(),
-        |left| end_use(&entry.shared, left, ended),
+        |left| marks_to_clear(left, ended),
+        |marks| clear_marks(&entry.shared, marks),
     );
 }

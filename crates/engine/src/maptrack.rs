@@ -23,7 +23,7 @@ use core::cell::Cell;
 
 use gnttab_abi::{DomId, GrantHandle, GrantRef, MapFlags};
 
-use crate::bound::below;
+use crate::bound::{behind, below};
 use crate::lazy::Lazy;
 use crate::segments::Segments;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering, spin_loop};
@@ -284,13 +284,9 @@ impl Maptrack {
     #[inline]
     fn slot(&self, handle: GrantHandle) -> Option<Slot<'_>> {
         let index = below(handle.0, self.limit())?;
-        let page = self.page(index / RECORDS_PER_PAGE as usize)?;
+        let page = self.pages.get(index / RECORDS_PER_PAGE as usize)?.get(0)?;
+        let index = index % RECORDS_PER_PAGE as usize;
         Some(Slot { page, index })
-    }
-
-    #[inline]
-    fn page(&self, number: usize) -> Option<&Page> {
-        self.pages.get(number)?.get(0)
     }
 
     /// The record of a live handle.
@@ -356,8 +352,8 @@ fn live<'a>(handle: GrantHandle, slot: Slot<'a>) -> Option<Live<'a>> {
 pub(crate) struct Handles<'a> {
     maptrack: &'a Maptrack,
     own: Option<&'a Own>,
-    /// The page of records that was looked into last, by number: the next handle is often there too.
-    last: Cell<Option<(usize, &'a Page)>>,
+    /// The page of records that was looked into last, and its first handle: the next is often there too.
+    last: Cell<Option<(u32, &'a Page)>>,
 }
 
 impl<'a> Handles<'a> {
@@ -402,20 +398,19 @@ impl<'a> Handles<'a> {
 
     #[inline(always)]
     fn slot(&self, handle: GrantHandle) -> Option<Slot<'a>> {
-        let index = below(handle.0, self.maptrack.limit())?;
-        let number = index / RECORDS_PER_PAGE as usize;
-        let page = match self.last.get() {
-            Some((last, page)) if last == number => page,
-            _ => self.look_into(number)?,
-        };
-        Some(Slot { page, index })
+        if let Some((first, page)) = self.last.get()
+            && let Some(index) = behind(handle.0, first, RECORDS_PER_PAGE)
+        {
+            return Some(Slot { page, index });
+        }
+        self.slot_elsewhere(handle)
     }
 
     #[inline(never)]
-    fn look_into(&self, number: usize) -> Option<&'a Page> {
-        let page = self.maptrack.page(number)?;
-        self.last.set(Some((number, page)));
-        Some(page)
+    fn slot_elsewhere(&self, handle: GrantHandle) -> Option<Slot<'a>> {
+        let slot = self.maptrack.slot(handle)?;
+        self.last.set(Some((handle.0 - handle.0 % RECORDS_PER_PAGE, slot.page)));
+        Some(slot)
     }
 }
 

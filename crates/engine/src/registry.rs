@@ -225,13 +225,11 @@ pub(crate) struct Visit<'a, H: Hypervisor> {
     pub(crate) engine: &'a Engine<H>,
     slot: &'a Slot,
     inside: Option<Room<'a, H>>,
-    /// Items that were begun.
-    items: u32,
 }
 
-/// Items after which a processor leaves a table in any case: who waits for all to have left, whatever
-/// their table, waits for no more than these.
-const LEAVE_AFTER: u32 = 64;
+/// Items after which a processor leaves a table in any case, at the latest: who waits for all to have left,
+/// whatever their table, waits for no more than these.
+pub(crate) const LEAVE_AFTER: usize = 64;
 
 /// A domain whose table a visit is inside, and the table as it stands. It goes before the slot is wiped.
 pub(crate) struct Room<'a, H: Hypervisor> {
@@ -253,7 +251,6 @@ impl<'a, H: Hypervisor> Visit<'a, H> {
             engine,
             slot,
             inside: None,
-            items: 0,
         }
     }
 
@@ -261,9 +258,8 @@ impl<'a, H: Hypervisor> Visit<'a, H> {
     /// batch keeps nobody waiting who wants a table alone.
     #[inline(always)]
     pub(crate) fn begin_item(&mut self) {
-        self.items = self.items.wrapping_add(1);
         let shut = |room: &Room<'_, H>| !room.table.gate.is_open();
-        if self.items.is_multiple_of(LEAVE_AFTER) || self.inside.as_ref().is_some_and(shut) {
+        if self.inside.as_ref().is_some_and(shut) {
             self.leave();
         }
     }

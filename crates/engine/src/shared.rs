@@ -31,7 +31,8 @@ use crate::ahead::{fetch_to_read, fetch_to_write};
 #[cfg(not(loom))]
 use crate::bound::below_wide;
 #[cfg(loom)]
-use crate::pages::{STATUS_PER_PAGE, V1_ENTRIES_PER_PAGE, V2_ENTRIES_PER_PAGE};
+use crate::pages::V1_ENTRIES_PER_PAGE;
+use crate::pages::{STATUS_PER_PAGE, V2_ENTRIES_PER_PAGE};
 use crate::sync::{AtomicU16, AtomicU32, AtomicU64, Ordering, full_barrier};
 
 /// Bytes of a cache line, and how many of them are asked for ahead of a copy.
@@ -94,9 +95,8 @@ impl PageWords {
         }
     }
 
-    #[inline]
-    pub(crate) fn u16(&self, index: usize) -> &AtomicU16 {
-        &self.words16[index]
+    fn status_rows(&self) -> &[StatusRow] {
+        self.words16.as_chunks().0
     }
 
     #[inline]
@@ -165,6 +165,13 @@ impl PageWords {
         let index = index & (PAGE_SIZE / 8 - 1);
         // SAFETY: as for u16, aligned for u64.
         unsafe { &*self.as_ptr().cast::<AtomicU64>().wrapping_add(index) }
+    }
+
+    fn status_rows(&self) -> &[StatusRow; (STATUS_PER_PAGE / V2_ENTRIES_PER_PAGE) as usize] {
+        const { assert!(size_of::<[u16; STATUS_PER_PAGE as usize]>() == PAGE_SIZE) };
+        // SAFETY: the page's own bytes, as many as are named, aligned for u16; they live as long as `self`,
+        // and all access to them is atomic.
+        unsafe { &*self.as_ptr().cast() }
     }
 
     /// The frame of version 2 entry `slot`: the upper half of its 16 bytes.
@@ -536,6 +543,18 @@ impl core::fmt::Debug for PageWords {
     }
 }
 
+/// The status words of one frame's entries: a part of a status page.
+pub(crate) type StatusRow = [AtomicU16; STATUS_ROW];
+const STATUS_ROW: usize = V2_ENTRIES_PER_PAGE as usize;
+
+impl PageWords {
+    /// The `row`th part of a status page. The number is taken modulo that of the parts.
+    pub(crate) fn status_row(&self, row: usize) -> &StatusRow {
+        let rows = self.status_rows();
+        &rows[row % rows.len()]
+    }
+}
+
 /// Words of the head of an entry, per version.
 const V1_HEAD_WORDS: usize = 2;
 const V2_HEAD_WORDS: usize = 4;
@@ -631,14 +650,9 @@ pub(crate) struct SharedV2<'a> {
 
 impl<'a> SharedV2<'a> {
     #[inline]
-    pub(crate) fn new(
-        page: &'a PageWords,
-        slot: usize,
-        status_page: &'a PageWords,
-        status_slot: usize,
-    ) -> Self {
+    pub(crate) fn new(page: &'a PageWords, slot: usize, status: &'a StatusRow) -> Self {
         SharedV2 {
-            status: status_page.u16(status_slot),
+            status: &status[slot % STATUS_ROW],
             page,
             slot,
         }

@@ -14,14 +14,14 @@ use core::cell::Cell;
 use gnttab_abi::{DomId, ENTRY_V1_SIZE, EntryHead, GrantRef, GrantStatus};
 
 use crate::active::{Active, Actives, Extra, State};
-use crate::bound::below;
+use crate::bound::{behind, below};
 use crate::domain::Version;
 use crate::hypervisor::{Hook, Hypervisor};
 use crate::lazy::Lazy;
 use crate::pages::{STATUS_PER_PAGE, V1_ENTRIES_PER_PAGE, V2_ENTRIES_PER_PAGE, status_pages_for};
 use crate::presence::Gate;
 use crate::segments::{OutOfMemory, Segments};
-use crate::shared::{PageWords, SharedV1, SharedV2};
+use crate::shared::{PageWords, SharedV1, SharedV2, StatusRow};
 use crate::sync::{AtomicU32, AtomicU64, Mutex, Once, Ordering};
 
 /// Entries whose private state is made together: 1 KiB. Few for the model checker.
@@ -39,7 +39,10 @@ struct Frame<P> {
 }
 
 /// The private state of a frame's entries.
-type Pieces = [Lazy<Piece, 1>; V1_ENTRIES_PER_PAGE as usize / PIECE];
+type Pieces = [Lazy<Piece, 1>; PIECES];
+
+/// How many they are.
+const PIECES: usize = V1_ENTRIES_PER_PAGE as usize / PIECE;
 
 /// The private state of neighbouring entries.
 struct Piece {
@@ -238,7 +241,7 @@ impl<P: AsRef<PageWords>> Table<P> {
         View {
             table: self,
             version,
-            per_page: entries_per_page(version).ilog2(),
+            per_page: entries_per_page(version),
             entries: Cell::new(self.entries(version)),
             last: Cell::new(None),
         }
@@ -272,7 +275,7 @@ pub(crate) const fn entries_per_page(version: Version) -> u32 {
 pub(crate) struct View<'a, P> {
     table: &'a Table<P>,
     version: Version,
-    /// Entries in one grant frame, as a power of two.
+    /// Entries in one grant frame.
     per_page: u32,
     /// N(GT) when it was last looked at.
     entries: Cell<u32>,
@@ -283,11 +286,12 @@ pub(crate) struct View<'a, P> {
 /// What a view knows of a frame: it does not change while the version does not.
 #[derive(Clone, Copy)]
 struct Sight<'a> {
-    index: usize,
+    /// The first of its references.
+    first: u32,
     pieces: &'a Pieces,
     page: &'a PageWords,
-    /// In version 2.
-    status: Option<&'a PageWords>,
+    /// In version 2, the status words of its entries.
+    status: Option<&'a StatusRow>,
 }
 
 impl<'a> Sight<'a> {
@@ -295,11 +299,7 @@ impl<'a> Sight<'a> {
     fn shared(&self, slot: usize) -> SharedEntry<'a> {
         match self.status {
             None => SharedEntry::V1(SharedV1::new(self.page, slot)),
-            Some(status) => {
-                let group = FRAMES_PER_STATUS as usize;
-                let status_slot = self.index % group * V2_ENTRIES_PER_PAGE as usize + slot;
-                SharedEntry::V2(SharedV2::new(self.page, slot, status, status_slot))
-            }
+            Some(status) => SharedEntry::V2(SharedV2::new(self.page, slot, status)),
         }
     }
 }
@@ -318,44 +318,42 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
     /// Where a reference's entry is: its frame and its place there; `None` past the table (ENG-1).
     #[inline(always)]
     fn place(&self, gref: GrantRef) -> Option<(Sight<'a>, usize)> {
-        let index = match below(gref.0, self.entries.get()) {
-            Some(index) => index,
-            None => self.place_in_grown(gref)?,
-        };
-        let frame = index >> self.per_page;
-        let sight = match self.last.get() {
-            Some(last) if last.index == frame => last,
-            _ => self.look_into(frame)?,
-        };
-        Some((sight, index - (frame << self.per_page)))
+        if let Some(last) = self.last.get()
+            && let Some(slot) = behind(gref.0, last.first, self.per_page)
+        {
+            return Some((last, slot));
+        }
+        self.place_elsewhere(gref)
     }
 
-    /// A further look at how many entries there are.
-    #[cold]
-    fn place_in_grown(&self, gref: GrantRef) -> Option<usize> {
-        self.entries.set(self.table.entries(self.version));
-        below(gref.0, self.entries.get())
-    }
-
+    /// In another frame than the last one, perhaps one that there was not yet when the table was last looked
+    /// at.
     #[inline(never)]
-    fn look_into(&self, index: usize) -> Option<Sight<'a>> {
+    fn place_elsewhere(&self, gref: GrantRef) -> Option<(Sight<'a>, usize)> {
+        if gref.0 >= self.entries.get() {
+            self.entries.set(self.table.entries(self.version));
+        }
+        let index = below(gref.0, self.entries.get())?;
+        let per_page = self.per_page as usize;
+        let number = index / per_page;
         let frames = &self.table.frames;
-        let frame = frames.get(index)?;
+        let frame = frames.get(number)?;
         let status = match self.version {
             Version::V1 => None,
             Version::V2 => {
-                let first = frames.get(index - index % FRAMES_PER_STATUS as usize)?;
-                Some(first.status.get()?.as_ref())
+                let row = number % FRAMES_PER_STATUS as usize;
+                let page = frames.get(number - row)?.status.get()?;
+                Some(page.as_ref().status_row(row))
             }
         };
         let sight = Sight {
-            index,
+            first: gref.0 - gref.0 % self.per_page,
             pieces: &frame.pieces,
             page: frame.page.get()?.as_ref(),
             status,
         };
         self.last.set(Some(sight));
-        Some(sight)
+        Some((sight, index % per_page))
     }
 
     /// The shared half of a reference's entry; `None` past the table.
@@ -370,7 +368,7 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
     #[inline(always)]
     pub(crate) fn entry(&self, gref: GrantRef) -> Option<Entry<'_>> {
         let (sight, slot) = self.place(gref)?;
-        let piece = sight.pieces.get(slot / PIECE)?.get(0)?;
+        let piece = sight.pieces[slot / PIECE % PIECES].get(0)?;
         Some(Entry {
             active: piece.active.get(slot),
             shared: sight.shared(slot),
@@ -410,7 +408,7 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
     #[cold]
     fn make_entry(&self, gref: GrantRef) -> Result<(), GrantStatus> {
         let (sight, slot) = self.place(gref).ok_or(GrantStatus::BAD_GNTREF)?;
-        sight.pieces[slot / PIECE]
+        sight.pieces[slot / PIECE % PIECES]
             .get_or_make(0, Piece::new)
             .map(drop)
             .map_err(|OutOfMemory| GrantStatus::GENERAL_ERROR)

@@ -238,11 +238,11 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     pub(crate) fn unmap_second<const N: usize>(&mut self, caller: &Caller<'_, H>, group: &Group<N>) {
         let (hv, domain) = (&self.engine.hv, caller.domain);
+        // A flush may take long: whoever wants a table alone need not wait for it, nor for group after group.
+        self.leave();
         if group.length == 0 {
             return;
         }
-        // A flush may take long: whoever wants a table alone need not wait for it.
-        self.leave();
         if !domain.kind().is_external() {
             hv.flush(domain.private());
         }

@@ -340,7 +340,7 @@ impl<H: Hypervisor<Domain = Guest>> Scene<H> {
     /// If the reference is beyond the table.
     pub fn set_v2(&self, id: DomId, gref: GrantRef, entry: EntryV2) {
         self.shared(id, gref, V2_ENTRIES_PER_PAGE, |place| {
-            SharedV2::new(place.page, place.slot, place.page, 0).store(entry);
+            SharedV2::new(place.page, place.slot, place.page.status_row(0)).store(entry);
         });
     }
 
@@ -353,7 +353,8 @@ impl<H: Hypervisor<Domain = Guest>> Scene<H> {
         let page = domain.status_frame(gref.0 / STATUS_PER_PAGE);
         let page = page.unwrap_or_else(|| panic!("{id} has no status word {gref}"));
         let slot = (gref.0 % STATUS_PER_PAGE) as usize;
-        SharedV2::new(page.as_ref(), 0, page.as_ref(), slot).store_status(status);
+        let row = page.as_ref().status_row(slot / V2_ENTRIES_PER_PAGE as usize);
+        SharedV2::new(page.as_ref(), slot % V2_ENTRIES_PER_PAGE as usize, row).store_status(status);
     }
 
     fn shared(&self, id: DomId, gref: GrantRef, per_page: u32, store: impl FnOnce(Place<'_>)) {

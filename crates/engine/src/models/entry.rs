@@ -52,7 +52,7 @@ impl World {
 
     fn entry(&self) -> Entry<'_> {
         let shared = if self.version2 {
-            SharedEntry::V2(SharedV2::new(&self.page, 0, &self.status, 0))
+            SharedEntry::V2(SharedV2::new(&self.page, 0, self.status.status_row(0)))
         } else {
             SharedEntry::V1(SharedV1::new(&self.page, 0))
         };
