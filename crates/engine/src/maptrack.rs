@@ -398,19 +398,21 @@ impl<'a> Handles<'a> {
 
     #[inline(always)]
     fn slot(&self, handle: GrantHandle) -> Option<Slot<'a>> {
-        if let Some((first, page)) = self.last.get()
-            && let Some(index) = behind(handle.0, first, RECORDS_PER_PAGE)
-        {
-            return Some(Slot { page, index });
+        loop {
+            if let Some((first, page)) = self.last.get()
+                && let Some(index) = behind(handle.0, first, RECORDS_PER_PAGE)
+            {
+                return Some(Slot { page, index });
+            }
+            self.look_into_page_of(handle)?;
         }
-        self.slot_elsewhere(handle)
     }
 
     #[inline(never)]
-    fn slot_elsewhere(&self, handle: GrantHandle) -> Option<Slot<'a>> {
-        let slot = self.maptrack.slot(handle)?;
-        self.last.set(Some((handle.0 - handle.0 % RECORDS_PER_PAGE, slot.page)));
-        Some(slot)
+    fn look_into_page_of(&self, handle: GrantHandle) -> Option<()> {
+        let page = self.maptrack.slot(handle)?.page;
+        self.last.set(Some((handle.0 - handle.0 % RECORDS_PER_PAGE, page)));
+        Some(())
     }
 }
 

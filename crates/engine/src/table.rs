@@ -318,24 +318,24 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
     /// Where a reference's entry is: its frame and its place there; `None` past the table (ENG-1).
     #[inline(always)]
     fn place(&self, gref: GrantRef) -> Option<(Sight<'a>, usize)> {
-        if let Some(last) = self.last.get()
-            && let Some(slot) = behind(gref.0, last.first, self.per_page)
-        {
-            return Some((last, slot));
+        loop {
+            if let Some(last) = self.last.get()
+                && let Some(slot) = behind(gref.0, last.first, self.per_page)
+            {
+                return Some((last, slot));
+            }
+            self.look_into_frame_of(gref)?;
         }
-        self.place_elsewhere(gref)
     }
 
-    /// In another frame than the last one, perhaps one that there was not yet when the table was last looked
-    /// at.
+    /// Another frame than the last one becomes the last one, perhaps one that there was not yet when the table
+    /// was last looked at.
     #[inline(never)]
-    fn place_elsewhere(&self, gref: GrantRef) -> Option<(Sight<'a>, usize)> {
+    fn look_into_frame_of(&self, gref: GrantRef) -> Option<()> {
         if gref.0 >= self.entries.get() {
             self.entries.set(self.table.entries(self.version));
         }
-        let index = below(gref.0, self.entries.get())?;
-        let per_page = self.per_page as usize;
-        let number = index / per_page;
+        let number = below(gref.0, self.entries.get())? / self.per_page as usize;
         let frames = &self.table.frames;
         let frame = frames.get(number)?;
         let status = match self.version {
@@ -346,14 +346,13 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
                 Some(page.as_ref().status_row(row))
             }
         };
-        let sight = Sight {
+        self.last.set(Some(Sight {
             first: gref.0 - gref.0 % self.per_page,
             pieces: &frame.pieces,
             page: frame.page.get()?.as_ref(),
             status,
-        };
-        self.last.set(Some(sight));
-        Some((sight, index % per_page))
+        }));
+        Some(())
     }
 
     /// The shared half of a reference's entry; `None` past the table.
