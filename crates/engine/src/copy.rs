@@ -190,8 +190,10 @@ impl<H: Hypervisor> Visit<'_, H> {
         if !within(&item.source, from) || !within(&item.dest, to) {
             return Err(GrantStatus::GENERAL_ERROR);
         }
-        // 7, outside: whoever wants a table alone need not wait for the bytes
-        self.leave();
+        // 7, outside: whoever wants a table alone need not wait for the bytes, unless they are few
+        if item.len > H::BRIEF_COPY {
+            self.leave();
+        }
         engine.hv.hook(Hook::CopyMapped);
         engine.hv.copy(
             (from.mfn, item.source.offset),
@@ -310,10 +312,9 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     fn drop_buffer(&mut self, buffer: &Buffer, access: Access) {
         let engine = self.engine;
-        let put = || put(&engine.hv, buffer.mfn, buffer.typed);
         match buffer.key {
-            Key::Grant(granter, gref) => self.release((granter, gref), access, put),
-            Key::Frame(_) => put(),
+            Key::Grant(granter, gref) => self.release((granter, gref), access, (buffer.mfn, buffer.typed)),
+            Key::Frame(_) => put(&engine.hv, buffer.mfn, buffer.typed),
         }
     }
 
@@ -492,7 +493,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         // 7f
         let Some(domain) = self.enter_judged(granter) else {
             if let Ok(inner) = inner {
-                self.release(far, access, || put(hv, inner.mfn, inner.typed == Some(true)));
+                self.release_far(far, access, (inner.mfn, inner.typed == Some(true)));
             }
             return Err(GrantStatus::BAD_DOMAIN.into());
         };
@@ -512,16 +513,17 @@ impl<H: Hypervisor> Visit<'_, H> {
         if pinned.is_err()
             && let Ok(inner) = &inner
         {
-            self.release(far, access, || put(hv, inner.mfn, inner.typed == Some(true)));
+            self.release_far(far, access, (inner.mfn, inner.typed == Some(true)));
         }
         pinned.and(inner.map_err(Refused::With))
     }
 
-    /// Ends a use by grant (spec 5.5), and that of the far grant behind a transitive one. `put`
-    /// drops what was held of the frame, after the pins and before its owner can go.
-    #[inline]
-    fn release(&mut self, (granter, gref): (DomId, GrantRef), access: Access, put: impl FnOnce()) {
+    /// Ends a use by grant (spec 5.5), and that of the far grant behind a transitive one. What was held of
+    /// the frame, a reference and perhaps the type, is dropped after the pins and before its owner can go.
+    #[inline(always)]
+    fn release(&mut self, (granter, gref): (DomId, GrantRef), access: Access, held: (Mfn, bool)) {
         let engine = self.engine;
+        let put = || put(&engine.hv, held.0, held.1);
         let Some(domain) = self.enter(granter) else {
             return put();
         };
@@ -535,20 +537,21 @@ impl<H: Hypervisor> Visit<'_, H> {
             engine.hv.mark_dirty(domain.private(), entry.active.mfn());
         }
         lower(domain, &entry, access, state);
-        let rest = match far {
-            Some(far) => Some((far, put)),
-            None => {
-                put();
-                None
-            }
-        };
+        if far.is_none() {
+            put();
+        }
         if domain.is_dying() {
             self.leave();
             engine.reap(granter);
         }
-        if let Some((far, put)) = rest {
-            self.release(far, access, put);
+        if let Some(far) = far {
+            self.release_far(far, access, held);
         }
+    }
+
+    #[cold]
+    fn release_far(&mut self, far: (DomId, GrantRef), access: Access, held: (Mfn, bool)) {
+        self.release(far, access, held);
     }
 }
 

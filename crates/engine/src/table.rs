@@ -335,7 +335,7 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
         if gref.0 >= self.entries.get() {
             self.entries.set(self.table.entries(self.version));
         }
-        let number = below(gref.0, self.entries.get())? / self.per_page as usize;
+        let number = below(gref.0, self.entries.get())? >> self.per_page.trailing_zeros();
         let frames = &self.table.frames;
         let frame = frames.get(number)?;
         let status = match self.version {
@@ -347,7 +347,7 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
             }
         };
         self.last.set(Some(Sight {
-            first: gref.0 - gref.0 % self.per_page,
+            first: gref.0 & !(self.per_page - 1),
             pieces: &frame.pieces,
             page: frame.page.get()?.as_ref(),
             status,
