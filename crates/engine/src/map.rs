@@ -88,7 +88,17 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     pub(crate) fn map_item(&mut self, caller: &Caller<'_, H>, item: &MapGrantRef, now: u64) -> MapGrantRef {
         self.begin_item();
-        let (status, handle, dev_bus_addr) = match self.map_one(caller, item, now, false) {
+        // The two that drivers ask for are code of their own, in which what the flags decide is decided.
+        const WRITABLE: MapFlags = MapFlags::HOST_MAP;
+        const READABLE: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
+        let done = if item.flags == WRITABLE {
+            self.map_one(caller, item, WRITABLE, now, false)
+        } else if item.flags == READABLE {
+            self.map_one(caller, item, READABLE, now, false)
+        } else {
+            self.map_any(caller, *item, now, false)
+        };
+        let (status, handle, dev_bus_addr) = match done {
             Ok((handle, mfn)) => (GrantStatus::OKAY, handle, mfn.address()),
             Err(status) => (status, item.handle, item.dev_bus_addr),
         };
@@ -102,28 +112,42 @@ impl<H: Hypervisor> Visit<'_, H> {
         }
     }
 
+    /// As [`Visit::map_one`], whatever the flags.
+    #[inline(never)]
+    fn map_any(
+        &mut self,
+        caller: &Caller<'_, H>,
+        item: MapGrantRef,
+        now: u64,
+        gathered: bool,
+    ) -> Result<(GrantHandle, Mfn), GrantStatus> {
+        self.map_one(caller, &item, item.flags, now, gathered)
+    }
+
+    /// Steps 1 to 17 with the item's flags.
     #[inline(always)]
     fn map_one(
         &mut self,
         caller: &Caller<'_, H>,
         item: &MapGrantRef,
+        flags: MapFlags,
         now: u64,
         gathered: bool,
     ) -> Result<(GrantHandle, Mfn), GrantStatus> {
         let hv = &self.engine.hv;
         let domain = caller.domain;
         // 1, 2
-        let pins = Pins::of_mapping(item.flags);
+        let pins = Pins::of_mapping(flags);
         if pins.is_empty() {
             return Err(GrantStatus::BAD_GNTREF);
         }
         let pv_only = MapFlags::DEVICE_MAP | MapFlags::APPLICATION_MAP | MapFlags::CONTAINS_PTE;
-        if domain.kind().is_external() && item.flags.intersects(pv_only) {
+        if flags.intersects(pv_only) && domain.kind().is_external() {
             return Err(GrantStatus::GENERAL_ERROR);
         }
         // 3, 4
         let granter = self.enter(item.dom).ok_or(GrantStatus::BAD_DOMAIN)?;
-        if !hv.may_map(domain.private(), granter.private(), item.flags) {
+        if !hv.may_map(domain.private(), granter.private(), flags) {
             return Err(GrantStatus::PERMISSION_DENIED);
         }
         // 5
@@ -131,7 +155,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         let Some(free) = caller.handles.allocate() else {
             return self.map_with_gathered(caller, *item, now, gathered);
         };
-        let done = Mapping::new(hv, domain, granter, item, pins).make();
+        let done = Mapping::new(hv, domain, granter, item, flags).make();
         if done.is_err() {
             caller.handles.release(free);
         }
@@ -141,7 +165,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         let record = Record {
             gref: item.gref,
             granter: granter.id(),
-            flags: item.flags,
+            flags,
         };
         Ok((free.publish(record, now), mfn))
     }
@@ -161,7 +185,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         self.leave();
         let registry = &self.engine.registry;
         caller.domain.maptrack.gather(|| registry.wait_for_all());
-        self.map_one(caller, &item, now, true)
+        self.map_any(caller, item, now, true)
     }
 }
 
@@ -171,6 +195,7 @@ struct Mapping<'a, 'r, H: Hypervisor> {
     caller: &'a Domain<H>,
     granter: &'a Room<'r, H>,
     item: &'a MapGrantRef,
+    flags: MapFlags,
     pins: Pins,
     access: Access,
     /// Whether the host mapping takes the writable type of the granter's page.
@@ -186,19 +211,20 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         caller: &'a Domain<H>,
         granter: &'a Room<'r, H>,
         item: &'a MapGrantRef,
-        pins: Pins,
+        flags: MapFlags,
     ) -> Self {
-        let access = access_of(item.flags);
+        let access = access_of(flags);
         let itself = granter.id() == caller.id();
-        let host_type = item.flags.contains(MapFlags::HOST_MAP)
+        let host_type = flags.contains(MapFlags::HOST_MAP)
             && takes_type(access, caller.kind(), granter.kind(), itself);
-        let device_type = item.flags.contains(MapFlags::DEVICE_MAP) && access == Access::Write;
+        let device_type = flags.contains(MapFlags::DEVICE_MAP) && access == Access::Write;
         Mapping {
             hv,
             caller,
             granter,
             item,
-            pins,
+            flags,
+            pins: Pins::of_mapping(flags),
             access,
             host_type,
             any_type: host_type || device_type,
@@ -245,7 +271,7 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
                 addr: self.item.host_addr,
                 new_addr: 0,
                 mfn,
-                flags: self.item.flags,
+                flags: self.flags,
             });
             let undone = Undone {
                 entry,
@@ -274,12 +300,12 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
             hv,
             caller,
             granter,
-            item,
+            flags,
             ..
         } = self;
         let access = self.access;
-        let host = item.flags.contains(MapFlags::HOST_MAP);
-        let device = item.flags.contains(MapFlags::DEVICE_MAP);
+        let host = flags.contains(MapFlags::HOST_MAP);
+        let device = flags.contains(MapFlags::DEVICE_MAP);
         let itself = granter.id() == caller.id();
         match owner {
             // 13
@@ -339,7 +365,7 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         let mapping = HostMapping {
             addr: self.item.host_addr,
             mfn,
-            flags: self.item.flags,
+            flags: self.flags,
             cache,
             granter: self.granter.id(),
         };

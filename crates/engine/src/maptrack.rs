@@ -195,7 +195,7 @@ impl Maptrack {
     pub(crate) fn handles(&self, vcpu: usize) -> Handles<'_> {
         Handles {
             maptrack: self,
-            own: self.own.get(vcpu),
+            own: &self.own[vcpu],
             last: Cell::new(None),
         }
     }
@@ -351,7 +351,7 @@ fn live<'a>(handle: GrantHandle, slot: Slot<'a>) -> Option<Live<'a>> {
 /// See [`Maptrack::handles`].
 pub(crate) struct Handles<'a> {
     maptrack: &'a Maptrack,
-    own: Option<&'a Own>,
+    own: &'a Own,
     /// The page of records that was looked into last, and its first handle: the next is often there too.
     last: Cell<Option<(u32, &'a Page)>>,
 }
@@ -361,7 +361,7 @@ impl<'a> Handles<'a> {
     #[inline]
     fn own(&self) -> Option<&'a Own> {
         // Sequentially consistent: the other half of the gatherer's store and wait.
-        (!self.maptrack.gathered.load(Ordering::SeqCst)).then_some(self.own)?
+        (!self.maptrack.gathered.load(Ordering::SeqCst)).then_some(self.own)
     }
 
     /// Takes a free handle; called from inside a table. `None`: there is none but what other vCPUs may

@@ -16,6 +16,7 @@ use crate::engine::Processor;
 use crate::hypervisor::{Access, Hook, HostUnmapping, Hypervisor};
 use crate::iommu;
 use crate::map::{access_of, takes_type, unpin};
+use crate::maptrack::Live;
 use crate::registry::Visit;
 
 /// Items between two flushes (spec 3.4.1).
@@ -156,14 +157,46 @@ impl<H: Hypervisor> Visit<'_, H> {
 
     #[inline(always)]
     fn unmap_one(&mut self, caller: &Caller<'_, H>, request: Request) -> (GrantStatus, Option<Removed>) {
+        // 1, 2
+        let Some(live) = caller.handles.find(request.handle) else {
+            return (GrantStatus::BAD_HANDLE, None);
+        };
+        // As for map.
+        const WRITABLE: MapFlags = MapFlags::HOST_MAP;
+        const READABLE: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
+        if live.record.flags == WRITABLE {
+            self.unmap_live(caller, request, live, WRITABLE)
+        } else if live.record.flags == READABLE {
+            self.unmap_live(caller, request, live, READABLE)
+        } else {
+            self.unmap_any(caller, request, live)
+        }
+    }
+
+    /// As [`Visit::unmap_live`], whatever the flags.
+    #[inline(never)]
+    fn unmap_any<'h>(
+        &mut self,
+        caller: &Caller<'h, H>,
+        request: Request,
+        live: Live<'h>,
+    ) -> (GrantStatus, Option<Removed>) {
+        self.unmap_live(caller, request, live, live.record.flags)
+    }
+
+    /// Steps 3 to 12 of a mapping with these flags.
+    #[inline(always)]
+    fn unmap_live<'h>(
+        &mut self,
+        caller: &Caller<'h, H>,
+        request: Request,
+        live: Live<'h>,
+        flags: MapFlags,
+    ) -> (GrantStatus, Option<Removed>) {
         let engine = self.engine;
         let hv = &engine.hv;
         let domain = caller.domain;
         let refuse = |status| (status, None);
-        // 1, 2
-        let Some(live) = caller.handles.find(request.handle) else {
-            return refuse(GrantStatus::BAD_HANDLE);
-        };
         let record = live.record;
         // 3, 4
         let Some(granter) = self.enter(record.granter) else {
@@ -182,7 +215,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             return refuse(GrantStatus::BAD_HANDLE);
         };
         let mfn = entry.active.mfn();
-        let has = |kind| record.flags.contains(kind);
+        let has = |kind| flags.contains(kind);
         // 7
         let bus = request.dev_bus_addr;
         if bus != 0 && has(MapFlags::DEVICE_MAP) && bus != mfn.address() {
@@ -195,7 +228,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                 addr: request.host_addr,
                 new_addr: request.new_addr,
                 mfn,
-                flags: record.flags,
+                flags: flags,
             };
             if hv.unmap_host(domain.private(), &unmapping).is_err() {
                 return refuse(GrantStatus::GENERAL_ERROR);
@@ -215,7 +248,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         }
         hv.hook(Hook::UnmapPass1);
         // 11
-        let access = access_of(record.flags);
+        let access = access_of(flags);
         let mut status = GrantStatus::OKAY;
         let follows = free.is_some() && granter.id() != domain.id() && hv.iommu_follows(domain.private());
         if follows && iommu::remove(hv, domain, mfn, access).is_err() {
@@ -229,7 +262,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             mfn,
             gref: record.gref,
             granter: record.granter,
-            flags: kinds | record.flags & MapFlags::READONLY,
+            flags: kinds | flags & MapFlags::READONLY,
         };
         (status, (!kinds.is_empty()).then_some(removed))
     }
@@ -249,21 +282,35 @@ impl<H: Hypervisor> Visit<'_, H> {
         hv.hook(Hook::UnmapFlushed);
         for removed in group.iter() {
             self.begin_item();
-            self.give_back(domain, removed, removed.flags);
+            const WRITABLE: MapFlags = MapFlags::HOST_MAP;
+            const READABLE: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
+            if removed.flags == WRITABLE {
+                self.give_back(domain, removed, WRITABLE, WRITABLE);
+            } else if removed.flags == READABLE {
+                self.give_back(domain, removed, READABLE, READABLE);
+            } else {
+                self.give_any_back(domain, *removed, removed.flags);
+            }
         }
     }
 
-    /// Lowers the pins of what was removed, then drops types and references for the kinds in
+    /// As [`Visit::give_back`], whatever the flags.
+    #[inline(never)]
+    fn give_any_back(&mut self, domain: &Domain<H>, removed: Removed, referenced: MapFlags) {
+        self.give_back(domain, &removed, removed.flags, referenced);
+    }
+
+    /// Lowers the pins of what was removed, with these flags, then drops types and references for the kinds in
     /// `referenced`.
     #[inline(always)]
-    fn give_back(&mut self, domain: &Domain<H>, removed: &Removed, referenced: MapFlags) {
+    fn give_back(&mut self, domain: &Domain<H>, removed: &Removed, flags: MapFlags, referenced: MapFlags) {
         let engine = self.engine;
         let hv = &engine.hv;
         let Removed {
             mfn,
             gref,
             granter,
-            flags,
+            ..
         } = *removed;
         let access = access_of(flags);
         let inside = self.enter(granter);
@@ -326,7 +373,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                 granter: record.granter,
                 flags: kinds | record.flags & MapFlags::READONLY,
             };
-            self.give_back(caller, &removed, referenced);
+            self.give_any_back(caller, removed, referenced);
         }
         if let Some(free) = free {
             caller.maptrack.release_common(free);
