@@ -480,6 +480,12 @@ impl GuestMemory for Guest<'_> {
         addr.checked_add(bytes).is_some_and(|last| last <= end)
     }
 
+    #[inline]
+    fn pages(&self, addr: u64, bytes: u64) -> Option<(&[PageWords], usize)> {
+        let reach = self.plausible(addr, bytes) && addr >= self.start;
+        reach.then(|| (self.pages, self.offset(addr)))
+    }
+
     #[inline(always)]
     fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
         let done = PageWords::read_run(self.pages, self.offset(addr), into);

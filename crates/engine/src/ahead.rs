@@ -15,11 +15,12 @@
 )]
 
 use core::marker::PhantomData;
+use core::ops::Range;
 
 use gnttab_abi::{Abi, Copy, CopyFlags, DomId, Gfn, GrantRef, MapGrantRef};
 
+use crate::args::{Arguments, LARGEST};
 use crate::domain::Domain;
-use crate::door::LARGEST;
 use crate::hypervisor::Hypervisor;
 use crate::registry::Visit;
 
@@ -121,22 +122,24 @@ pub(crate) struct Ahead<T> {
 }
 
 impl<T: Foresee> Ahead<T> {
-    pub(crate) fn new() -> Ahead<T> {
-        Ahead {
+    /// For a batch of so many items, if it is one that a look ahead is worth while for.
+    #[inline]
+    pub(crate) fn of(count: u32) -> Option<Ahead<T>> {
+        (count >= SMALLEST).then(|| Ahead {
             uses: [Uses::NONE; GROUP as usize],
             known: 0,
             kind: PhantomData,
-        }
+        })
     }
 
-    /// Whether there is something to do before item `index` of a batch of `count`.
+    /// Whether there is something to do before an item.
     #[inline(always)]
-    pub(crate) fn is_due(index: u32, count: u32) -> bool {
-        index.is_multiple_of(HALF) && count >= SMALLEST
+    pub(crate) fn is_due(index: u32) -> bool {
+        index.is_multiple_of(HALF)
     }
 
-    /// Called before an item where it is due; `peek` looks at the item of a number, and may not want to. Works
-    /// for the table that the processor is inside, or the first that it comes upon.
+    /// Called before item `index` of a batch of `count`, where it is due. Works for the table that the
+    /// processor is inside, or the first that it comes upon.
     #[inline(never)]
     pub(crate) fn step<H: Hypervisor>(
         &mut self,
@@ -144,15 +147,16 @@ impl<T: Foresee> Ahead<T> {
         caller: &Domain<H>,
         index: u32,
         count: u32,
-        peek: impl Fn(u32, &mut [u8]) -> bool,
+        args: impl Arguments,
     ) {
         if index == 0 {
             // Nobody was ahead of the first.
-            self.expect_entries(visit, caller, 0, count, &peek);
+            self.expect_entries(visit, caller, 0..GROUP.min(count), args);
             self.expect_frames(visit, caller.id());
         }
         if index.is_multiple_of(GROUP) {
-            self.expect_entries(visit, caller, index + GROUP, count, &peek);
+            let next = index + GROUP;
+            self.expect_entries(visit, caller, next..count.min(next + GROUP), args);
         } else {
             self.expect_frames(visit, caller.id());
         }
@@ -164,15 +168,14 @@ impl<T: Foresee> Ahead<T> {
         &mut self,
         visit: &mut Visit<'_, H>,
         caller: &Domain<H>,
-        first: u32,
-        count: u32,
-        peek: &impl Fn(u32, &mut [u8]) -> bool,
+        items: Range<u32>,
+        args: impl Arguments,
     ) {
-        let engine = visit.engine;
+        let hv = &visit.engine.hv;
         self.known = 0;
-        for (index, place) in (first..count).zip(&mut self.uses) {
+        for (index, place) in items.zip(&mut self.uses) {
             let mut raw = [0; LARGEST];
-            if !peek(index, &mut raw[..T::SIZE]) {
+            if !args.peek(index, T::SIZE, &mut raw) {
                 return;
             }
             let Some(uses) = T::uses(&raw, caller.id()) else {
@@ -183,21 +186,21 @@ impl<T: Foresee> Ahead<T> {
             if let Some(granter) = visit.inside(uses.granter) {
                 granter.view.expect(uses.gref);
             }
-            T::expect_own(&engine.hv, caller.private(), &uses);
+            T::expect_own(hv, caller.private(), &uses);
         }
     }
 
     /// Asks for what the entries of the group lead to, where they are for the caller.
     #[inline(always)]
     fn expect_frames<H: Hypervisor>(&self, visit: &mut Visit<'_, H>, caller: DomId) {
-        let engine = visit.engine;
+        let hv = &visit.engine.hv;
         for uses in self.uses.iter().take(self.known) {
             if let Some(granter) = visit.inside(uses.granter)
                 && let Some(shared) = granter.view.shared(uses.gref)
                 && shared.load_head().domid == caller
             {
                 let gfn = Gfn(shared.load_frame());
-                engine.hv.expect_frame(granter.private(), gfn, uses.bytes);
+                hv.expect_frame(granter.private(), gfn, uses.bytes);
             }
         }
     }

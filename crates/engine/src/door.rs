@@ -17,12 +17,14 @@ use gnttab_abi::{
 };
 
 use crate::ahead::Ahead;
+use crate::args::{Args, Arguments, LARGEST, Raw};
 use crate::cache::Flushed;
 use crate::copy::Run;
 use crate::domain::{Reference, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{DomainKind, Hypervisor};
-use crate::registry;
+use crate::registry::{LEAVE_AFTER, Visit};
+use crate::shared::PageWords;
 use crate::unmap::{Group, Request, UNMAP_GROUP};
 
 /// Guest memory could not be read or written.
@@ -65,6 +67,15 @@ pub trait GuestMemory {
         false
     }
 
+    /// The pages that `bytes` bytes at `addr` lie in, if they lie one behind the other in the embedder's memory
+    /// too and the guest may read and write them, and how far behind their start. Arguments are then read and
+    /// written there, with no further question. `None`, the default, where that cannot be said of all.
+    #[inline(always)]
+    fn pages(&self, addr: u64, bytes: u64) -> Option<(&[PageWords], usize)> {
+        let _ = (addr, bytes);
+        None
+    }
+
     /// Where dump_table's text goes; the hypervisor's console, say.
     fn print(&self, text: &str) {
         let _ = text;
@@ -90,9 +101,6 @@ pub enum Outcome {
     /// Stopped between items because the embedder asked: make this call to go on (spec 3.1.3).
     Continue(Call),
 }
-
-/// Largest structure of the interface.
-pub(crate) const LARGEST: usize = 40;
 
 /// How a batch ended, before it is told to the guest.
 enum Stop {
@@ -168,67 +176,6 @@ struct Door<'a, 'e, H: Hypervisor, M: ?Sized, Y: ?Sized> {
     args: Args<'a, M>,
     yield_now: &'a mut Y,
     call: Call,
-}
-
-/// The bytes of one argument, as they were read.
-type Raw = [u8; LARGEST];
-
-/// The call's array of arguments. Sizes are passed along, so that they are constants where the
-/// calling ABI does not matter.
-struct Args<'a, M: ?Sized> {
-    memory: &'a M,
-    addr: u64,
-}
-
-impl<M: ?Sized> Clone for Args<'_, M> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<M: ?Sized> core::marker::Copy for Args<'_, M> {}
-
-impl<M: GuestMemory + ?Sized> Args<'_, M> {
-    /// Where an argument of this size lies.
-    #[inline(always)]
-    fn at(self, index: u32, size: usize) -> u64 {
-        self.addr.wrapping_add(u64::from(index) * size as u64)
-    }
-
-    /// The one read of an argument, into `raw`.
-    #[inline(always)]
-    fn read(self, index: u32, size: usize, raw: &mut Raw) -> Result<(), Fault> {
-        self.memory.read(self.at(index, size), &mut raw[..size])
-    }
-
-    /// A look at an argument ahead of its turn.
-    #[inline(always)]
-    fn peek(self, index: u32, size: usize, into: &mut [u8]) -> bool {
-        self.memory.peek(self.at(index, size), into)
-    }
-
-    /// Writes the start of an argument.
-    #[inline(always)]
-    fn write(self, index: u32, size: usize, bytes: &[u8]) -> Result<(), Fault> {
-        self.memory.write(self.at(index, size), bytes)
-    }
-
-    /// Writes a whole argument, by words: a processor cannot load together what it has just stored apart
-    /// without waiting.
-    #[inline(always)]
-    fn write_whole(self, index: u32, size: usize, raw: Raw) -> Result<(), Fault> {
-        let words = raw.as_chunks().0;
-        let words: [[u8; 8]; LARGEST / 8] =
-            core::array::from_fn(|at| u64::from_ne_bytes(words[at]).to_ne_bytes());
-        self.write(index, size, &words.as_flattened()[..size])
-    }
-
-    /// Writes an argument's status, at `offset`.
-    #[inline(always)]
-    fn write_status(self, index: u32, size: usize, offset: u64, status: GrantStatus) -> Result<(), Fault> {
-        let at = self.at(index, size).wrapping_add(offset);
-        self.memory.write(at, &status.0.to_le_bytes())
-    }
 }
 
 /// Between items: whether to stop before this one.
@@ -353,28 +300,33 @@ where
 
     /// Writes the start of an argument.
     fn write(&self, index: u32, bytes: &[u8]) -> Result<(), Fault> {
-        self.args.write(index, self.item_size(), bytes)
+        self.args.write_start(index, self.item_size(), bytes)
     }
 
-    fn write_status(&self, index: u32, offset: u64, status: GrantStatus) -> Result<(), Fault> {
+    fn write_status(&self, index: u32, offset: usize, status: GrantStatus) -> Result<(), Fault> {
         self.args.write_status(index, self.item_size(), offset, status)
     }
 
     fn map(&mut self) -> Result<(), Stop> {
-        let size = MapGrantRef::size(self.abi);
-        let (abi, args, count) = (self.abi, self.args, self.call.count);
+        match self.args.window(self.call.count, MapGrantRef::size(self.abi)) {
+            Some(window) => self.map_all(window),
+            None => self.map_all(self.args),
+        }
+    }
+
+    #[inline(always)]
+    fn map_all(&mut self, args: impl Arguments) -> Result<(), Stop> {
+        let (abi, size, count) = (self.abi, MapGrantRef::size(self.abi), self.call.count);
         let now = self.cpu.engine.hv.now();
         let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
-        let mut ahead: Ahead<MapGrantRef> = Ahead::new();
+        let mut ahead: Option<Ahead<MapGrantRef>> = Ahead::of(count);
         for index in 0..count {
             yield_before(index, self.yield_now)?;
-            if Ahead::<MapGrantRef>::is_due(index, count) {
-                if index.is_multiple_of(LEAVE_AFTER) {
-                    visit.leave();
-                }
-                ahead.step(&mut visit, caller.domain, index, count, |index, into| {
-                    args.peek(index, size, into)
-                });
+            if let Some(ahead) = &mut ahead
+                && Ahead::<MapGrantRef>::is_due(index)
+            {
+                leave_now_and_then(&mut visit, index);
+                ahead.step(&mut visit, caller.domain, index, count, args);
             }
             let mut raw = [0; LARGEST];
             args.read(index, size, &mut raw)?;
@@ -383,28 +335,42 @@ where
             // An array of its own: the structure has no padding that had to stay.
             let mut raw = [0; LARGEST];
             answer.encode(abi, &mut raw).map_err(|_| Errno::Fault)?;
-            args.write_whole(index, size, raw)?;
+            args.write(index, size, raw)?;
         }
         Ok(())
     }
 
     fn unmap(&mut self) -> Result<(), Stop> {
         let (abi, size) = (self.abi, UnmapGrantRef::size(self.abi));
-        self.unmap_groups(Op::UnmapGrantRef, size, |raw| {
+        self.unmap_with(Op::UnmapGrantRef, size, |raw| {
             Ok((&decoded(UnmapGrantRef::decode(abi, raw))?).into())
         })
     }
 
     fn unmap_and_replace(&mut self) -> Result<(), Stop> {
         let (abi, size) = (self.abi, UnmapAndReplace::size(self.abi));
-        self.unmap_groups(Op::UnmapAndReplace, size, |raw| {
+        self.unmap_with(Op::UnmapAndReplace, size, |raw| {
             Ok((&decoded(UnmapAndReplace::decode(abi, raw))?).into())
         })
+    }
+
+    #[inline(always)]
+    fn unmap_with(
+        &mut self,
+        op: Op,
+        size: usize,
+        decode: impl Fn(&Raw) -> Result<Request, Errno>,
+    ) -> Result<(), Stop> {
+        match self.args.window(self.call.count, size) {
+            Some(window) => self.unmap_groups(window, op, size, decode),
+            None => self.unmap_groups(self.args, op, size, decode),
+        }
     }
 
     #[inline]
     fn unmap_groups(
         &mut self,
+        args: impl Arguments,
         op: Op,
         size: usize,
         decode: impl Fn(&Raw) -> Result<Request, Errno>,
@@ -414,9 +380,9 @@ where
             yield_before(first, self.yield_now)?;
             // A call for one mapping need not prepare for a group.
             first += if self.call.count - first == 1 {
-                self.unmap_group::<1>(op, size, first, &decode)?
+                self.unmap_group::<1>(args, op, size, first, &decode)?
             } else {
-                self.unmap_group::<UNMAP_GROUP>(op, size, first, &decode)?
+                self.unmap_group::<UNMAP_GROUP>(args, op, size, first, &decode)?
             };
         }
         Ok(())
@@ -426,12 +392,13 @@ where
     #[inline(always)]
     fn unmap_group<const N: usize>(
         &mut self,
+        args: impl Arguments,
         op: Op,
         size: usize,
         first: u32,
         decode: &impl Fn(&Raw) -> Result<Request, Errno>,
     ) -> Result<u32, Stop> {
-        let (args, count) = (self.args, self.call.count - first);
+        let count = self.call.count - first;
         let items = u32::try_from(N).map_or(count, |most| most.min(count));
         let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
         let mut group: Group<N> = Group::new();
@@ -471,21 +438,27 @@ where
 
     /// A caller's copies whose arguments are wide.
     fn copy(&mut self) -> Result<(), Stop> {
+        match self.args.window(self.call.count, Copy::size(Abi::X86_64)) {
+            Some(window) => self.copy_all(window),
+            None => self.copy_all(self.args),
+        }
+    }
+
+    #[inline(always)]
+    fn copy_all(&mut self, args: impl Arguments) -> Result<(), Stop> {
         const SIZE: usize = Copy::size(Abi::X86_64);
-        let (args, count, yield_now) = (self.args, self.call.count, &mut *self.yield_now);
+        let (count, yield_now) = (self.call.count, &mut *self.yield_now);
         let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
         let mut run = Run::new();
-        let mut ahead: Ahead<Copy> = Ahead::new();
+        let mut ahead: Option<Ahead<Copy>> = Ahead::of(count);
         let mut items = || -> Result<(), Stop> {
             for index in 0..count {
                 yield_before(index, yield_now)?;
-                if Ahead::<Copy>::is_due(index, count) {
-                    if index.is_multiple_of(LEAVE_AFTER) {
-                        visit.leave();
-                    }
-                    ahead.step(&mut visit, caller.domain, index, count, |index, into| {
-                        args.peek(index, SIZE, into)
-                    });
+                if let Some(ahead) = &mut ahead
+                    && Ahead::<Copy>::is_due(index)
+                {
+                    leave_now_and_then(&mut visit, index);
+                    ahead.step(&mut visit, caller.domain, index, count, args);
                 }
                 let mut raw = [0; LARGEST];
                 args.read(index, SIZE, &mut raw)?;
@@ -773,9 +746,13 @@ fn decoded<T>(item: Result<T, Truncated>) -> Result<T, Errno> {
     item.map_err(|_| Errno::Fault)
 }
 
-/// [`registry::LEAVE_AFTER`] as a count of items.
-#[expect(clippy::cast_possible_truncation, reason = "64")]
-const LEAVE_AFTER: u32 = registry::LEAVE_AFTER as u32;
+/// Leaves the table before every [`LEAVE_AFTER`]th item.
+#[inline(always)]
+fn leave_now_and_then<H: Hypervisor>(visit: &mut Visit<'_, H>, index: u32) {
+    if (index as usize).is_multiple_of(LEAVE_AFTER) {
+        visit.leave();
+    }
+}
 
 /// The commands that an HVM caller may pass, all 32 bits compared (step 1).
 fn hvm_may_call(command: Command) -> bool {

@@ -38,6 +38,7 @@ extern crate std;
 
 mod active;
 mod ahead;
+mod args;
 mod bound;
 mod cache;
 mod caller;

@@ -113,6 +113,16 @@ impl PageWords {
         &self.frames[slot]
     }
 
+    /// The checker's words are no plain memory.
+    pub(crate) fn words(_: &[PageWords]) -> Option<&[AtomicU64]> {
+        None
+    }
+
+    /// Never asked for: there are no [`PageWords::words`].
+    pub(crate) fn quarter(_: &AtomicU64, _: usize) -> &'static AtomicU16 {
+        unreachable!("words of the checker's have no parts")
+    }
+
     pub(crate) fn clear(&self) {
         for word in &self.words32 {
             word.store(0, Ordering::Relaxed);
@@ -177,6 +187,26 @@ impl PageWords {
     /// The frame of version 2 entry `slot`: the upper half of its 16 bytes.
     fn v2_frame(&self, slot: usize) -> &AtomicU64 {
         self.u64(slot * 2 + 1)
+    }
+
+    /// The words of pages that lie one behind the other; `None` where memory is not made of such words.
+    #[inline]
+    pub(crate) fn words(pages: &[PageWords]) -> Option<&[AtomicU64]> {
+        let words = pages.as_ptr().cast();
+        // SAFETY: the pages' own bytes, aligned for u64; they live as long as the slice, and all access to them
+        // is atomic.
+        Some(unsafe { core::slice::from_raw_parts(words, pages.len() * (PAGE_SIZE / 8)) })
+    }
+
+    /// The `at`th 16 bits of a word of a page, counted from the least significant; the number is taken modulo
+    /// four.
+    #[inline(always)]
+    pub(crate) fn quarter(word: &AtomicU64, at: usize) -> &AtomicU16 {
+        let quarters: *const AtomicU16 = core::ptr::from_ref(word).cast();
+        let at = if cfg!(target_endian = "little") { at % 4 } else { 3 - at % 4 };
+        // SAFETY: within the word, which is aligned for more, lives as long as the reference, and is accessed by
+        // atomics only.
+        unsafe { &*quarters.wrapping_add(at) }
     }
 
     /// Reads `N` bytes at `offset`, in any order; `None` past the end of the page. For argument

@@ -1,0 +1,153 @@
+//! The arguments of a call: an array of structures in guest memory.
+//!
+//! Where the embedder says so, they are reached directly, as words of the pages that they lie in
+//! ([`Window`]); otherwise one by one, by asking it ([`Args`]). What must always hold, either way:
+//! 1. An argument is copied in once, and the copy is what is judged (ENG-5); a look ahead of its turn is for
+//!    hints alone.
+//! 2. Guest memory is touched by words as wide as they are aligned: what a guest writes meanwhile is seen as
+//!    it was before or after, word by word.
+
+use gnttab_abi::GrantStatus;
+
+use crate::door::{Fault, GuestMemory};
+use crate::shared::PageWords;
+use crate::sync::{AtomicU64, Ordering};
+
+/// Largest structure of the interface.
+pub(crate) const LARGEST: usize = 40;
+
+/// The bytes of one argument, as they were read.
+pub(crate) type Raw = [u8; LARGEST];
+
+/// An array of arguments. Sizes are passed along, so that they are constants where the calling ABI does not
+/// matter.
+pub(crate) trait Arguments: Copy {
+    /// The one read of an argument, into `raw`.
+    fn read(self, index: u32, size: usize, raw: &mut Raw) -> Result<(), Fault>;
+
+    /// A look at an argument ahead of its turn; false if there is none.
+    fn peek(self, index: u32, size: usize, raw: &mut Raw) -> bool;
+
+    /// Writes a whole argument.
+    fn write(self, index: u32, size: usize, raw: Raw) -> Result<(), Fault>;
+
+    /// Writes an argument's status, at `offset`.
+    fn write_status(self, index: u32, size: usize, offset: usize, status: GrantStatus) -> Result<(), Fault>;
+}
+
+/// Arguments that the embedder is asked for.
+pub(crate) struct Args<'a, M: ?Sized> {
+    pub(crate) memory: &'a M,
+    pub(crate) addr: u64,
+}
+
+impl<M: ?Sized> Clone for Args<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M: ?Sized> Copy for Args<'_, M> {}
+
+impl<'a, M: GuestMemory + ?Sized> Args<'a, M> {
+    /// Where an argument of this size lies.
+    #[inline(always)]
+    pub(crate) fn at(self, index: u32, size: usize) -> u64 {
+        self.addr.wrapping_add(u64::from(index) * size as u64)
+    }
+
+    /// Writes the start of an argument.
+    pub(crate) fn write_start(self, index: u32, size: usize, bytes: &[u8]) -> Result<(), Fault> {
+        self.memory.write(self.at(index, size), bytes)
+    }
+
+    /// So many of these arguments, reached directly.
+    #[inline]
+    pub(crate) fn window(self, count: u32, size: usize) -> Option<Window<'a>> {
+        let bytes = u64::from(count) * size as u64;
+        let (pages, offset) = self.memory.pages(self.addr, bytes)?;
+        let end = offset.checked_add(usize::try_from(bytes).ok()?)?;
+        if !offset.is_multiple_of(8) || !end.is_multiple_of(8) {
+            return None;
+        }
+        let words = PageWords::words(pages)?.get(offset / 8..end / 8)?;
+        Some(Window { words })
+    }
+}
+
+impl<M: GuestMemory + ?Sized> Arguments for Args<'_, M> {
+    #[inline(always)]
+    fn read(self, index: u32, size: usize, raw: &mut Raw) -> Result<(), Fault> {
+        self.memory.read(self.at(index, size), &mut raw[..size])
+    }
+
+    #[inline(always)]
+    fn peek(self, index: u32, size: usize, raw: &mut Raw) -> bool {
+        self.memory.peek(self.at(index, size), &mut raw[..size])
+    }
+
+    #[inline(always)]
+    fn write(self, index: u32, size: usize, raw: Raw) -> Result<(), Fault> {
+        self.write_start(index, size, &raw[..size])
+    }
+
+    #[inline(always)]
+    fn write_status(self, index: u32, size: usize, offset: usize, status: GrantStatus) -> Result<(), Fault> {
+        let at = self.at(index, size).wrapping_add(offset as u64);
+        self.memory.write(at, &status.0.to_le_bytes())
+    }
+}
+
+/// Arguments that lie in pages within reach, whole words each.
+#[derive(Clone, Copy)]
+pub(crate) struct Window<'a> {
+    words: &'a [AtomicU64],
+}
+
+impl<'a> Window<'a> {
+    /// The words of an argument. Their number is no guest's to choose: it is below that of the call.
+    #[inline(always)]
+    fn at(self, index: u32, size: usize) -> Option<&'a [AtomicU64]> {
+        let first = index as usize * (size / 8);
+        self.words.get(first..first + size / 8)
+    }
+
+    #[cold]
+    fn fault() -> Fault {
+        // Nobody asks for more arguments than the window was opened for.
+        Fault { addr: 0 }
+    }
+}
+
+impl Arguments for Window<'_> {
+    #[inline(always)]
+    fn read(self, index: u32, size: usize, raw: &mut Raw) -> Result<(), Fault> {
+        let words = self.at(index, size).ok_or_else(Self::fault)?;
+        for (bytes, word) in raw.as_chunks_mut().0.iter_mut().zip(words) {
+            *bytes = word.load(Ordering::Relaxed).to_le_bytes();
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn peek(self, index: u32, size: usize, raw: &mut Raw) -> bool {
+        self.read(index, size, raw).is_ok()
+    }
+
+    #[inline(always)]
+    fn write(self, index: u32, size: usize, raw: Raw) -> Result<(), Fault> {
+        let words = self.at(index, size).ok_or_else(Self::fault)?;
+        for (bytes, word) in raw.as_chunks().0.iter().zip(words) {
+            word.store(u64::from_le_bytes(*bytes), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn write_status(self, index: u32, size: usize, offset: usize, status: GrantStatus) -> Result<(), Fault> {
+        let words = self.at(index, size).ok_or_else(Self::fault)?;
+        let word = words.get(offset / 8).ok_or_else(Self::fault)?;
+        PageWords::quarter(word, offset / 2).store(status.0.cast_unsigned(), Ordering::Relaxed);
+        Ok(())
+    }
+}
