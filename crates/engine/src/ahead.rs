@@ -22,7 +22,7 @@ use gnttab_abi::{Abi, Copy, CopyFlags, DomId, Gfn, GrantRef, MapGrantRef};
 use crate::args::{Arguments, LARGEST};
 use crate::domain::Domain;
 use crate::hypervisor::Hypervisor;
-use crate::registry::Visit;
+use crate::registry::{Room, Visit};
 
 /// Items that are looked at together, a group ahead of the one at work.
 const GROUP: u32 = 8;
@@ -176,17 +176,20 @@ impl<T: Foresee> Ahead<T> {
         for (index, place) in items.zip(&mut self.uses) {
             let mut raw = [0; LARGEST];
             if !args.peek(index, T::SIZE, &mut raw) {
-                return;
+                break;
             }
             let Some(uses) = T::uses(&raw, caller.id()) else {
-                return;
+                break;
             };
             *place = uses;
             self.known += 1;
-            if let Some(granter) = visit.inside(uses.granter) {
-                granter.view.expect(uses.gref);
-            }
             T::expect_own(hv, caller.private(), &uses);
+        }
+        let Some(granter) = self.granter(visit) else {
+            return;
+        };
+        for uses in self.uses_of(granter) {
+            granter.view.expect(uses.gref);
         }
     }
 
@@ -194,15 +197,32 @@ impl<T: Foresee> Ahead<T> {
     #[inline(always)]
     fn expect_frames<H: Hypervisor>(&self, visit: &mut Visit<'_, H>, caller: DomId) {
         let hv = &visit.engine.hv;
-        for uses in self.uses.iter().take(self.known) {
-            if let Some(granter) = visit.inside(uses.granter)
-                && let Some(shared) = granter.view.shared(uses.gref)
+        let Some(granter) = self.granter(visit) else {
+            return;
+        };
+        for uses in self.uses_of(granter) {
+            if let Some(shared) = granter.view.shared(uses.gref)
                 && shared.load_head().domid == caller
             {
                 let gfn = Gfn(shared.load_frame());
                 hv.expect_frame(granter.private(), gfn, uses.bytes);
             }
         }
+    }
+
+    /// The granter whose table the processor is inside; if none, that of the group's first item, if it has any.
+    #[inline(always)]
+    fn granter<'v, 'a, H: Hypervisor>(&self, visit: &'v mut Visit<'a, H>) -> Option<&'v Room<'a, H>> {
+        let first = self.uses.iter().take(self.known).next()?;
+        visit.inside_any(first.granter)
+    }
+
+    /// What the items of the group use of one granter.
+    #[inline(always)]
+    fn uses_of<H: Hypervisor>(&self, granter: &Room<'_, H>) -> impl Iterator<Item = &Uses> {
+        let id = granter.id();
+        let uses = self.uses.iter().take(self.known);
+        uses.filter(move |uses| uses.granter == id)
     }
 }
 

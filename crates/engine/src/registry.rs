@@ -294,13 +294,13 @@ impl<'a, H: Hypervisor> Visit<'a, H> {
         });
     }
 
-    /// The domain of that number, if the processor is inside its table, or was inside none.
+    /// The domain whose table the processor is inside; if none, the one of that number.
     #[inline(always)]
-    pub(crate) fn inside(&mut self, id: DomId) -> Option<&Room<'a, H>> {
+    pub(crate) fn inside_any(&mut self, id: DomId) -> Option<&Room<'a, H>> {
         if self.inside.is_none() {
             self.enter_another(id);
         }
-        self.inside.as_ref().filter(|room| room.id() == id)
+        self.inside.as_ref()
     }
 
     /// Leaves the table, if the processor is inside one.
