@@ -4,8 +4,6 @@
 //! policy; a handle; the reference; the entry in use by another; the entry's own word; the frame;
 //! the frame's owner; its type; the host mapping; the I/O MMU.
 
-use core::cell::Cell;
-
 use gnttab_abi::{DomId, EntryFlags, Gfn, GrantHandle, GrantStatus, MapFlags, MapGrantRef, Mfn, Op};
 
 use crate::active::{Pins, State, UseKind};
@@ -237,30 +235,32 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         let entry = self.granter.view.entry_to_use(self.item.gref)?;
         // 7 to 10; a type that will be needed comes with the look-up
         let access = self.access;
-        let typed = Cell::new(None);
         let resolve = |gfn| {
-            if !self.any_type {
-                return self.hv.resolve(self.granter.private(), gfn, access);
+            let granter = self.granter.private();
+            if self.any_type {
+                let (Resolved { mfn, owner }, had) = self.hv.resolve_writable(granter, gfn)?;
+                Ok((mfn, (owner, Some(had))))
+            } else {
+                let Resolved { mfn, owner } = self.hv.resolve(granter, gfn, access)?;
+                Ok((mfn, (owner, None)))
             }
-            let (resolved, had) = self.hv.resolve_writable(self.granter.private(), gfn)?;
-            typed.set(Some(had));
-            Ok(resolved)
         };
-        let (mfn, resolved) = pin(self.hv, &entry, self.caller.id(), access, self.pins, resolve)?;
+        let (mfn, found) = pin(self.hv, &entry, self.caller.id(), access, self.pins, resolve)?;
         self.hv.hook(Hook::MapPinned);
         // 12: one reference, which a first use has from its look-up
-        let owner = match resolved {
-            Some(resolved) => Some(resolved.owner),
-            None if self.any_type => self.hv.get_writable_frame(mfn).map(|(owner, had)| {
-                typed.set(Some(had));
-                owner
-            }),
-            None => self.hv.get_frame(mfn),
-        };
+        let found = found.or_else(|| {
+            if self.any_type {
+                let (owner, had) = self.hv.get_writable_frame(mfn)?;
+                Some((owner, Some(had)))
+            } else {
+                Some((self.hv.get_frame(mfn)?, None))
+            }
+        });
+        let (owner, typed) = found.map_or((None, None), |(owner, typed)| (Some(owner), typed));
         let mut taken = Taken {
             frames: u32::from(owner.is_some()),
-            types: u32::from(typed.get() == Some(true)),
-            found: typed.get(),
+            types: u32::from(typed == Some(true)),
+            found: typed,
             host: false,
         };
         // 11, 13 to 16
@@ -408,16 +408,16 @@ fn undo<H: Hypervisor>(hv: &H, caller: &H::Domain, undone: Undone<'_>) {
 struct Failed;
 
 /// Steps 7 to 10: a share in the entry, and the frame. A first use also holds the reference that
-/// its look-up took.
+/// its look-up took, and tells what the look-up found.
 #[inline(always)]
-pub(crate) fn pin<H: Hypervisor>(
+pub(crate) fn pin<H: Hypervisor, R>(
     hv: &H,
     entry: &Entry<'_>,
     user: DomId,
     access: Access,
     wanted: Pins,
-    resolve: impl Fn(Gfn) -> Result<Resolved, ResolveError>,
-) -> Result<(Mfn, Option<Resolved>), GrantStatus> {
+    resolve: impl Fn(Gfn) -> Result<(Mfn, R), ResolveError>,
+) -> Result<(Mfn, Option<R>), GrantStatus> {
     loop {
         let state = entry.active.load();
         let pinned = state.is_pinned();
@@ -441,9 +441,9 @@ pub(crate) fn pin<H: Hypervisor>(
             return Ok((entry.active.mfn(), None));
         }
         match resolve(Gfn(entry.shared.load_frame())) {
-            Ok(resolved) => {
-                claim.publish_first(resolved.mfn, State::first(user, UseKind::Whole, wanted));
-                return Ok((resolved.mfn, Some(resolved)));
+            Ok((mfn, found)) => {
+                claim.publish_first(mfn, State::first(user, UseKind::Whole, wanted));
+                return Ok((mfn, Some(found)));
             }
             Err(error) => {
                 end_use(&entry.shared, state, access);
