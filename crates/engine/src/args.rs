@@ -108,8 +108,7 @@ impl<'a> Window<'a> {
     /// The words of an argument. Their number is no guest's to choose: it is below that of the call.
     #[inline(always)]
     fn at(self, index: u32, size: usize) -> Option<&'a [AtomicU64]> {
-        let first = index as usize * (size / 8);
-        self.words.get(first..first + size / 8)
+        self.words.get(index as usize * (size / 8)..)?.get(..size / 8)
     }
 
     #[cold]

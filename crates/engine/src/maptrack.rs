@@ -241,11 +241,14 @@ impl Maptrack {
         }
     }
 
-    /// Gives a handle back to the domain.
+    /// Gives a handle back to the domain. By number: what is in registers where nobody comes here is to stay
+    /// there.
     #[cold]
-    pub(crate) fn release_common(&self, free: Free<'_>) {
+    pub(crate) fn release_common(&self, handle: GrantHandle) {
         let mut common = self.common.lock();
-        common.0 = free.push(common.0);
+        if let Some(free) = self.free(handle) {
+            common.0 = free.push(common.0);
+        }
     }
 
     /// Makes the handles of all vCPUs common. Called when [`Handles::allocate`] found none, from
@@ -308,6 +311,7 @@ impl Maptrack {
         let live = Live {
             handle,
             slot,
+            word: expected.word(),
             record: expected,
         };
         live.claim()
@@ -344,8 +348,14 @@ impl Maptrack {
 /// What a live handle says; `None` of a free one.
 #[inline]
 fn live<'a>(handle: GrantHandle, slot: Slot<'a>) -> Option<Live<'a>> {
-    let record = Record::from_word(slot.word().load(Ordering::Acquire))?;
-    Some(Live { handle, slot, record })
+    let word = slot.word().load(Ordering::Acquire);
+    let record = Record::from_word(word)?;
+    Some(Live {
+        handle,
+        slot,
+        word,
+        record,
+    })
 }
 
 /// See [`Maptrack::handles`].
@@ -386,7 +396,7 @@ impl<'a> Handles<'a> {
     pub(crate) fn release(&self, free: Free<'a>) {
         match self.own() {
             Some(own) if own.length.load(Ordering::Relaxed) < OWN_MOST => push_own(own, free),
-            _ => self.maptrack.release_common(free),
+            _ => self.maptrack.release_common(free.handle),
         }
     }
 
@@ -429,27 +439,40 @@ fn push_own(own: &Own, free: Free<'_>) {
 pub(crate) struct Live<'a> {
     handle: GrantHandle,
     slot: Slot<'a>,
+    word: u64,
     pub(crate) record: Record,
 }
 
 impl<'a> Live<'a> {
     /// Takes the record for one unmap, if it still says the same.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn claim(self) -> Option<RecordClaim<'a>> {
-        let Live { handle, slot, record } = self;
-        let idle = record.word();
-        loop {
-            match slot
-                .word()
-                .compare_exchange(idle, idle | Record::BUSY, Ordering::AcqRel, Ordering::Acquire)
-            {
-                Ok(_) => {
-                    let free = Free { handle, slot };
-                    return Some(RecordClaim { free, left: idle });
-                }
-                Err(found) if found == idle | Record::BUSY => spin_loop(),
-                Err(_) => return None,
-            }
+        let Live { handle, slot, .. } = self;
+        let idle = self.word & !Record::BUSY;
+        if !take(slot.word(), idle) && !take_later(slot.word(), idle) {
+            return None;
+        }
+        let free = Free { handle, slot };
+        Some(RecordClaim { free, left: idle })
+    }
+}
+
+/// Sets the busy mark of a record that says `idle`.
+#[inline(always)]
+fn take(word: &AtomicU64, idle: u64) -> bool {
+    word.compare_exchange(idle, idle | Record::BUSY, Ordering::AcqRel, Ordering::Relaxed)
+        .is_ok()
+}
+
+/// As [`take`], once another unmap that holds the record has ended. False: it left something else behind.
+#[cold]
+fn take_later(word: &AtomicU64, idle: u64) -> bool {
+    loop {
+        match word.load(Ordering::Relaxed) {
+            found if found == idle | Record::BUSY => spin_loop(),
+            found if found != idle => return false,
+            _ if take(word, idle) => return true,
+            _ => {}
         }
     }
 }

@@ -143,83 +143,103 @@ impl<H: Hypervisor> Visit<'_, H> {
         group: &mut Group<N>,
     ) -> GrantStatus {
         self.begin_item();
-        let (status, removed) = self.unmap_one(caller, request);
-        let (peer, gref) = match &removed {
-            Some(removed) => (Some(removed.granter), Some(removed.gref)),
-            None => (None, None),
-        };
-        if let Some(removed) = removed {
-            group.push(removed);
-        }
+        let before = group.length;
+        let status = self.unmap_one(caller, request, group);
+        let removed = group.iter().nth(before);
+        let (peer, gref) = (removed.map(|r| r.granter), removed.map(|r| r.gref));
         caller.answer(&self.engine.hv, op, peer, gref, status);
         status
     }
 
     #[inline(always)]
-    fn unmap_one(&mut self, caller: &Caller<'_, H>, request: Request) -> (GrantStatus, Option<Removed>) {
+    fn unmap_one<const N: usize>(
+        &mut self,
+        caller: &Caller<'_, H>,
+        request: Request,
+        group: &mut Group<N>,
+    ) -> GrantStatus {
         // 1, 2
         let Some(live) = caller.handles.find(request.handle) else {
-            return (GrantStatus::BAD_HANDLE, None);
+            return GrantStatus::BAD_HANDLE;
         };
         // As for map.
         const WRITABLE: MapFlags = MapFlags::HOST_MAP;
         const READABLE: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
         if live.record.flags == WRITABLE {
-            self.unmap_live(caller, request, live, WRITABLE)
+            self.unmap_live(caller, request, live, WRITABLE, group)
         } else if live.record.flags == READABLE {
-            self.unmap_live(caller, request, live, READABLE)
+            self.unmap_live(caller, request, live, READABLE, group)
         } else {
-            self.unmap_any(caller, request, live)
+            let Request {
+                host_addr,
+                dev_bus_addr,
+                new_addr,
+                handle,
+            } = request;
+            self.unmap_any(caller, host_addr, dev_bus_addr, new_addr, handle, group)
         }
     }
 
-    /// As [`Visit::unmap_live`], whatever the flags.
+    /// As [`Visit::unmap_live`], whatever the flags. The request comes in parts, and the record is looked up
+    /// anew, so that neither needs a place in memory where the flags are the usual ones.
     #[inline(never)]
-    fn unmap_any<'h>(
+    fn unmap_any<const N: usize>(
         &mut self,
-        caller: &Caller<'h, H>,
-        request: Request,
-        live: Live<'h>,
-    ) -> (GrantStatus, Option<Removed>) {
-        self.unmap_live(caller, request, live, live.record.flags)
+        caller: &Caller<'_, H>,
+        host_addr: u64,
+        dev_bus_addr: u64,
+        new_addr: u64,
+        handle: GrantHandle,
+        group: &mut Group<N>,
+    ) -> GrantStatus {
+        let Some(live) = caller.handles.find(handle) else {
+            return GrantStatus::BAD_HANDLE;
+        };
+        let request = Request {
+            host_addr,
+            dev_bus_addr,
+            new_addr,
+            handle,
+        };
+        self.unmap_live(caller, request, live, live.record.flags, group)
     }
 
     /// Steps 3 to 12 of a mapping with these flags.
     #[inline(always)]
-    fn unmap_live<'h>(
+    fn unmap_live<'h, const N: usize>(
         &mut self,
         caller: &Caller<'h, H>,
         request: Request,
         live: Live<'h>,
         flags: MapFlags,
-    ) -> (GrantStatus, Option<Removed>) {
+        group: &mut Group<N>,
+    ) -> GrantStatus {
         let engine = self.engine;
         let hv = &engine.hv;
         let domain = caller.domain;
-        let refuse = |status| (status, None);
         let record = live.record;
         // 3, 4
         let Some(granter) = self.enter(record.granter) else {
             hv.crash(domain.private(), "a mapping outlived its granter");
-            return refuse(GrantStatus::GENERAL_ERROR);
+            return GrantStatus::GENERAL_ERROR;
         };
         if !hv.may_unmap(domain.private(), granter.private()) {
-            return refuse(GrantStatus::PERMISSION_DENIED);
+            return GrantStatus::PERMISSION_DENIED;
         }
         // 5
         let Some(entry) = granter.view.entry(record.gref) else {
-            return refuse(GrantStatus::BAD_HANDLE);
+            return GrantStatus::BAD_HANDLE;
         };
         // 6: from here on this record, and so the entry's frame, is this call's
         let Some(mut claim) = live.claim() else {
-            return refuse(GrantStatus::BAD_HANDLE);
+            return GrantStatus::BAD_HANDLE;
         };
         let mfn = entry.active.mfn();
         let has = |kind| flags.contains(kind);
         // 7
         let bus = request.dev_bus_addr;
         if bus != 0 && has(MapFlags::DEVICE_MAP) && bus != mfn.address() {
-            return refuse(GrantStatus::BAD_DEV_ADDR);
+            return GrantStatus::BAD_DEV_ADDR;
         }
         // 8
         let mut kinds = MapFlags::empty();
@@ -228,10 +248,10 @@ impl<H: Hypervisor> Visit<'_, H> {
                 addr: request.host_addr,
                 new_addr: request.new_addr,
                 mfn,
-                flags: flags,
+                flags,
             };
             if hv.unmap_host(domain.private(), &unmapping).is_err() {
-                return refuse(GrantStatus::GENERAL_ERROR);
+                return GrantStatus::GENERAL_ERROR;
             }
             claim.remove(MapFlags::HOST_MAP);
             kinds |= MapFlags::HOST_MAP;
@@ -258,13 +278,15 @@ impl<H: Hypervisor> Visit<'_, H> {
         if access == Access::Write && status.is_okay() {
             hv.mark_dirty(granter.private(), mfn);
         }
-        let removed = Removed {
-            mfn,
-            gref: record.gref,
-            granter: record.granter,
-            flags: kinds | flags & MapFlags::READONLY,
-        };
-        (status, (!kinds.is_empty()).then_some(removed))
+        if !kinds.is_empty() {
+            group.push(Removed {
+                mfn,
+                gref: record.gref,
+                granter: record.granter,
+                flags: kinds | flags & MapFlags::READONLY,
+            });
+        }
+        status
     }
 
     /// The flush, then phase 2 for a group (spec 3.4.1, 3.4.3).
@@ -376,7 +398,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             self.give_any_back(caller, removed, referenced);
         }
         if let Some(free) = free {
-            caller.maptrack.release_common(free);
+            caller.maptrack.release_common(free.handle);
         }
         true
     }

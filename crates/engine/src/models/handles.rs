@@ -170,7 +170,7 @@ fn unmap(world: &World, handle: GrantHandle, expected: Record) -> bool {
     // Only one at a time works on a mapping.
     world.own(handle);
     claim.remove(MapFlags::HOST_MAP);
-    world.maptrack.release_common(claim.finish().unwrap());
+    world.maptrack.release_common(claim.finish().unwrap().handle);
     true
 }
 
