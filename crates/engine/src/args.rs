@@ -108,7 +108,13 @@ impl<'a> Window<'a> {
     /// The words of an argument. Their number is no guest's to choose: it is below that of the call.
     #[inline(always)]
     fn at(self, index: u32, size: usize) -> Option<&'a [AtomicU64]> {
-        self.words.get(index as usize * (size / 8)..)?.get(..size / 8)
+        let index = index as usize;
+        match size {
+            24 => Some(self.words.as_chunks::<3>().0.get(index)?),
+            32 => Some(self.words.as_chunks::<4>().0.get(index)?),
+            40 => Some(self.words.as_chunks::<5>().0.get(index)?),
+            _ => None,
+        }
     }
 
     #[cold]

@@ -95,6 +95,11 @@ impl PageWords {
         }
     }
 
+    #[inline]
+    pub(crate) fn u16(&self, index: usize) -> &AtomicU16 {
+        &self.words16[index]
+    }
+
     fn status_rows(&self) -> &[StatusRow] {
         self.words16.as_chunks().0
     }

@@ -10,7 +10,7 @@ use super::house::House;
 use super::watched::Watched;
 use super::{every_order, up_to_preemptions};
 use crate::active::{Actives, Pins};
-use crate::hypervisor::{Access, FrameOwner, Resolved};
+use crate::hypervisor::{Access, FrameOwner};
 use crate::map::{pin, unpin};
 use crate::shared::{PageWords, SharedV1, SharedV2};
 use crate::sync::Ordering;
@@ -100,8 +100,7 @@ impl World {
 
     fn map(&self, access: Access) -> Result<Mfn, GrantStatus> {
         let resolve = |gfn: gnttab_abi::Gfn| {
-            let (mfn, owner) = (Mfn(gfn.0), FrameOwner::Domain(GRANTER));
-            Ok(Resolved { mfn, owner })
+            Ok((Mfn(gfn.0), FrameOwner::Domain(GRANTER)))
         };
         let (mfn, _) = pin(&self.house, &self.entry(), GRANTEE, access, pins(access), resolve)?;
         Ok(mfn)
