@@ -214,7 +214,7 @@ impl<'m> Hypervisor for Flat<'m> {
     /// left and entered again.
     const BRIEF_COPY: u16 = 256;
 
-    #[inline]
+    #[inline(always)]
     fn resolve(&self, domain: &FlatDomain, gfn: Gfn, _: Access) -> Result<Resolved, ResolveError> {
         let mfn = Mfn(gfn.0);
         let frame = self.frame(mfn).ok_or(ResolveError::BadPage)?;
@@ -231,7 +231,7 @@ impl<'m> Hypervisor for Flat<'m> {
         })
     }
 
-    #[inline]
+    #[inline(always)]
     fn resolve_writable(&self, domain: &FlatDomain, gfn: Gfn) -> Result<(Resolved, bool), ResolveError> {
         let mfn = Mfn(gfn.0);
         let frame = self.frame(mfn).ok_or(ResolveError::BadPage)?;
@@ -244,7 +244,7 @@ impl<'m> Hypervisor for Flat<'m> {
         Ok((Resolved { mfn, owner }, typed))
     }
 
-    #[inline]
+    #[inline(always)]
     fn get_writable_frame(&self, mfn: Mfn) -> Option<(FrameOwner, bool)> {
         let frame = self.frame(mfn)?;
         let typed = frame.get_both()?;
@@ -255,14 +255,14 @@ impl<'m> Hypervisor for Flat<'m> {
         Some((FrameOwner::Domain(DomId(owner)), typed))
     }
 
-    #[inline]
+    #[inline(always)]
     fn put_writable_frame(&self, mfn: Mfn) {
         if let Some(frame) = self.frame(mfn) {
             frame.put(REFERENCE + TYPE);
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn get_frame(&self, mfn: Mfn) -> Option<FrameOwner> {
         let frame = self.frame(mfn)?;
         if !frame.get() {
@@ -272,7 +272,7 @@ impl<'m> Hypervisor for Flat<'m> {
         Some(FrameOwner::Domain(DomId(owner)))
     }
 
-    #[inline]
+    #[inline(always)]
     fn put_frame(&self, mfn: Mfn) {
         if let Some(frame) = self.frame(mfn) {
             frame.put(REFERENCE);
@@ -291,7 +291,7 @@ impl<'m> Hypervisor for Flat<'m> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn copy(&self, source: (Mfn, u16), dest: (Mfn, u16), len: u16) {
         if let (Some(from), Some(to)) = (self.memory.frame(source.0.0), self.memory.frame(dest.0.0)) {
             let _within = PageWords::copy(from, source.1, to, dest.1, len);

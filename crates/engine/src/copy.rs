@@ -42,11 +42,45 @@ struct Buffer {
     typed: bool,
 }
 
-/// What a kept buffer was claimed for.
+/// What a kept buffer was claimed for: by grant, the granter and the reference; by frame, [`Key::FRAME`] and the
+/// frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Key {
-    Grant(DomId, GrantRef),
-    Frame(u64),
+struct Key {
+    granter: u32,
+    what: u64,
+}
+
+impl Key {
+    /// No domain's number.
+    const FRAME: u32 = u32::MAX;
+
+    #[inline(always)]
+    fn grant(granter: DomId, gref: GrantRef) -> Key {
+        Key {
+            granter: granter.0.into(),
+            what: gref.0.into(),
+        }
+    }
+
+    #[inline(always)]
+    fn frame(gmfn: u64) -> Key {
+        Key {
+            granter: Key::FRAME,
+            what: gmfn,
+        }
+    }
+
+    #[inline(always)]
+    fn is_grant(self) -> bool {
+        self.granter != Key::FRAME
+    }
+
+    /// Of a key by grant.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "as they were put in")]
+    fn granted(self) -> (DomId, GrantRef) {
+        (DomId(self.granter as u16), GrantRef(self.what as u32))
+    }
 }
 
 /// What a call keeps from one item to the next.
@@ -150,31 +184,59 @@ impl<H: Hypervisor> Visit<'_, H> {
 
     #[inline(always)]
     fn copy_one(&mut self, caller: &Domain<H>, run: &mut Run<H>, item: &Copy) -> Result<(), GrantStatus> {
-        let engine = self.engine;
         // 0
-        if item.len == 0 && engine.config.reference != Reference::V4_17 {
+        if item.len == 0 && self.engine.config.reference != Reference::V4_17 {
             return Ok(());
         }
         // 1
-        if let Err(status) = self.copy_domains(caller, run, item) {
+        if run.pair.as_ref().is_none_or(|kept| kept.0 != (item.source.domid, item.dest.domid))
+            && let Err(status) = self.copy_domains(caller, run, *item)
+        {
             self.end_copy(run);
             return Err(status);
         }
+        // The two that drivers ask for are code of their own, in which it is decided which side is by grant.
+        let by_grant = |flag| item.flags.contains(flag);
+        match (by_grant(CopyFlags::SOURCE_GREF), by_grant(CopyFlags::DEST_GREF)) {
+            (true, false) => self.copy_claimed(caller, run, item, (true, false)),
+            (false, true) => self.copy_claimed(caller, run, item, (false, true)),
+            both => self.copy_any(caller, run, *item, both),
+        }
+    }
+
+    /// As [`Visit::copy_claimed`], whichever sides are by grant.
+    #[inline(never)]
+    fn copy_any(
+        &mut self,
+        caller: &Domain<H>,
+        run: &mut Run<H>,
+        item: Copy,
+        by_grant: (bool, bool),
+    ) -> Result<(), GrantStatus> {
+        self.copy_claimed(caller, run, &item, by_grant)
+    }
+
+    /// Steps 2 to 7; `by_grant` says it of source and destination.
+    #[inline(always)]
+    fn copy_claimed(
+        &mut self,
+        caller: &Domain<H>,
+        run: &mut Run<H>,
+        item: &Copy,
+        by_grant: (bool, bool),
+    ) -> Result<(), GrantStatus> {
+        let engine = self.engine;
         // 2, 3
         let (source_domain, dest_domain) = match &run.pair {
             Some((_, source, dest)) => (source.as_deref(), dest.as_deref()),
             None => (None, None),
         };
-        let by_grant = |flag| item.flags.contains(flag);
-        by_frame_is_own(&item.source, by_grant(CopyFlags::SOURCE_GREF))?;
-        let source = &item.source;
-        let granted = by_grant(CopyFlags::SOURCE_GREF);
+        by_frame_is_own(&item.source, by_grant.0)?;
         let judged = (source_domain, Access::Read);
-        self.keep_or_claim(caller, &mut run.source, source, granted, judged)?;
-        by_frame_is_own(&item.dest, by_grant(CopyFlags::DEST_GREF))?;
-        let granted = by_grant(CopyFlags::DEST_GREF);
+        self.keep_or_claim(caller, &mut run.source, &item.source, by_grant.0, judged)?;
+        by_frame_is_own(&item.dest, by_grant.1)?;
         let judged = (dest_domain, Access::Write);
-        self.keep_or_claim(caller, &mut run.dest, &item.dest, granted, judged)?;
+        self.keep_or_claim(caller, &mut run.dest, &item.dest, by_grant.1, judged)?;
         let (Some(from), Some(to)) = (&run.source, &run.dest) else {
             return Err(GrantStatus::GENERAL_ERROR);
         };
@@ -200,28 +262,22 @@ impl<H: Hypervisor> Visit<'_, H> {
             (to.mfn, item.dest.offset),
             item.len,
         );
-        if let Some((_, _, owner)) = &run.pair {
-            let owner = owner.as_deref().unwrap_or(caller);
-            engine.hv.mark_dirty(owner.private(), to.mfn);
-        }
+        let owner = dest_domain.unwrap_or(caller);
+        engine.hv.mark_dirty(owner.private(), to.mfn);
         Ok(())
     }
 
-    /// Step 1: both domains, and whether the policy lets bytes go from one to the other.
-    #[inline]
+    /// Step 1 where the pair is not the one before: both domains, and whether the policy lets bytes go from one
+    /// to the other.
+    #[inline(never)]
     fn copy_domains(
         &mut self,
         caller: &Domain<H>,
         run: &mut Run<H>,
-        item: &Copy,
+        item: Copy,
     ) -> Result<(), GrantStatus> {
         let pair = (item.source.domid, item.dest.domid);
-        if run.pair.as_ref().is_some_and(|kept| kept.0 != pair) {
-            self.end_copy(run);
-        }
-        if run.pair.is_some() {
-            return Ok(());
-        }
+        self.end_copy(run);
         let source = self.copy_domain(caller, pair.0)?;
         let dest = self.copy_domain(caller, pair.1)?;
         let (from, to) = (source.as_deref().unwrap_or(caller), dest.as_deref().unwrap_or(caller));
@@ -266,9 +322,9 @@ impl<H: Hypervisor> Visit<'_, H> {
             side.domid
         };
         let key = if by_grant {
-            Key::Grant(domid, side.gref())
+            Key::grant(domid, side.gref())
         } else {
-            Key::Frame(side.u)
+            Key::frame(side.u)
         };
         if place.as_ref().is_some_and(|kept| kept.key == key) {
             return Ok(());
@@ -277,12 +333,11 @@ impl<H: Hypervisor> Visit<'_, H> {
             self.drop_buffer(&kept, access);
         }
         let writes = access == Access::Write;
-        let grip = match key {
-            Key::Grant(domid, gref) => self.acquire((domid, judged), gref, caller.id(), access, true)?,
-            Key::Frame(gmfn) => {
-                let (resolved, typed) = resolve(hv, caller, Gfn(gmfn), access, writes)?;
-                Grip::whole(resolved.mfn, typed)
-            }
+        let grip = if by_grant {
+            self.acquire((domid, judged), side.gref(), caller.id(), access, true)?
+        } else {
+            let (resolved, typed) = resolve(hv, caller, Gfn(side.u), access, writes)?;
+            Grip::whole(resolved.mfn, typed)
         };
         let typed = writes && grip.typed.unwrap_or_else(|| hv.get_writable(grip.mfn));
         let buffer = Buffer {
@@ -312,9 +367,10 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     fn drop_buffer(&mut self, buffer: &Buffer, access: Access) {
         let engine = self.engine;
-        match buffer.key {
-            Key::Grant(granter, gref) => self.release((granter, gref), access, (buffer.mfn, buffer.typed)),
-            Key::Frame(_) => put(&engine.hv, buffer.mfn, buffer.typed),
+        if buffer.key.is_grant() {
+            self.release(buffer.key.granted(), access, (buffer.mfn, buffer.typed));
+        } else {
+            put(&engine.hv, buffer.mfn, buffer.typed);
         }
     }
 
@@ -329,7 +385,23 @@ impl<H: Hypervisor> Visit<'_, H> {
         access: Access,
         transitive: bool,
     ) -> Result<Grip, GrantStatus> {
-        for _ in 0..RESTARTS {
+        match self.acquire_once(granter, gref, user, access, transitive) {
+            Ok(grip) => Ok(grip),
+            Err(Refused::With(status)) => Err(status),
+            Err(Refused::Restart) => self.acquire_again(granter, gref, user, access, transitive),
+        }
+    }
+
+    #[cold]
+    fn acquire_again(
+        &mut self,
+        granter: Granter<'_, H>,
+        gref: GrantRef,
+        user: DomId,
+        access: Access,
+        transitive: bool,
+    ) -> Result<Grip, GrantStatus> {
+        for _ in 1..RESTARTS {
             match self.acquire_once(granter, gref, user, access, transitive) {
                 Ok(grip) => return Ok(grip),
                 Err(Refused::With(status)) => return Err(status),
