@@ -451,7 +451,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                 let far = far_of(&entry);
                 // 7c
                 if !allowed || far.0 == granter.0 {
-                    end_attempt(&entry, state, access);
+                    end_attempt(entry, state, access);
                     return Err(GrantStatus::GENERAL_ERROR.into());
                 }
                 domain.table.v2_ops.fetch_add(1, Ordering::SeqCst);
@@ -573,7 +573,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         let pinned = match (&entry, &inner) {
             (Err(status), _) => Err((*status).into()),
             (Ok(entry), Err(status)) => {
-                end_attempt(entry, seen, access);
+                end_attempt(*entry, seen, access);
                 Err((*status).into())
             }
             (Ok(entry), Ok(inner)) => pin_far(hv, entry, user, access, seen, far, inner.mfn),
@@ -628,11 +628,23 @@ impl<H: Hypervisor> Visit<'_, H> {
 }
 
 /// Takes a use by grant out of an entry's pins, and out of the table's count if it was the last
-/// that depends on version 2 (spec 2.4).
+/// that depends on version 2 (spec 2.4). Whether it does is fixed while the entry is pinned.
 #[inline(always)]
 fn lower<H: Hypervisor>(domain: &Domain<H>, entry: &Entry<'_>, access: Access, seen: State) {
-    let partial = seen.is_partial();
-    let ends = |left: State| partial && !left.is_pinned();
+    if seen.is_partial() {
+        return lower_partial(domain, *entry, access, seen);
+    }
+    entry.active.drop_pins(
+        seen,
+        pins_of(access),
+        |left| marks_to_clear(left, access),
+        |marks| clear_marks(&entry.shared, marks),
+    );
+}
+
+#[inline(never)]
+fn lower_partial<H: Hypervisor>(domain: &Domain<H>, entry: Entry<'_>, access: Access, seen: State) {
+    let ends = |left: State| !left.is_pinned();
     entry.active.drop_pins(
         seen,
         pins_of(access),
@@ -756,7 +768,8 @@ fn far_of(entry: &Entry<'_>) -> (DomId, GrantRef) {
 
 /// Takes back the marks of an attempt on a transitive entry, as far as the pins that are there
 /// now do not justify them (PIN-7).
-fn end_attempt(entry: &Entry<'_>, seen: State, access: Access) {
+#[cold]
+fn end_attempt(entry: Entry<'_>, seen: State, access: Access) {
     if suffices(seen, access) {
         return;
     }
@@ -784,7 +797,7 @@ fn pin_far<H: Hypervisor>(
     let same_use =
         !seen.is_pinned() || (seen.is_transitive() && entry.active.mfn() == mfn && entry.extra() == extra);
     let Some(claim) = entry.active.claim(seen).filter(|_| same_use) else {
-        end_attempt(entry, seen, access);
+        end_attempt(*entry, seen, access);
         return Err(Refused::Restart);
     };
     // Somebody else's use may have come and gone since the marks were set: set them again.

@@ -437,19 +437,21 @@ impl<'a> Entry<'a> {
 
 impl Entry<'_> {
     /// See [`Extra`]. Stable while pinned.
-    pub(crate) fn extra(&self) -> Extra {
+    #[inline]
+    pub(crate) fn extra(self) -> Extra {
         let word = self.extra.and_then(|(piece, slot)| piece.get(slot));
         Extra(word.map_or(0, |word| word.load(Ordering::Relaxed)))
     }
 
     /// Makes room for an [`Extra`], which few entries need.
-    pub(crate) fn make_extra(&self) -> Result<(), OutOfMemory> {
+    #[cold]
+    pub(crate) fn make_extra(self) -> Result<(), OutOfMemory> {
         let (piece, slot) = self.extra.ok_or(OutOfMemory)?;
         piece.get_or_make(slot, || AtomicU64::new(0)).map(drop)
     }
 
     /// Written while the entry is claimed, after [`Entry::make_extra`].
-    pub(crate) fn set_extra(&self, extra: Extra) {
+    pub(crate) fn set_extra(self, extra: Extra) {
         if let Some(word) = self.extra.and_then(|(piece, slot)| piece.get(slot)) {
             word.store(extra.0, Ordering::Relaxed);
         }
