@@ -210,9 +210,8 @@ impl<'m> Hypervisor for Flat<'m> {
     type Domain = FlatDomain;
     type TablePage = TableFrame<'m>;
 
-    /// A copy is a plain one, which waits for nothing: four lines of a cache are moved sooner than a table is
-    /// left and entered again.
-    const BRIEF_COPY: u16 = 256;
+    /// A copy is a plain one, which waits for nothing.
+    const COPY_INSIDE: bool = true;
 
     #[inline(always)]
     fn resolve(&self, domain: &FlatDomain, gfn: Gfn, _: Access) -> Result<Resolved, ResolveError> {

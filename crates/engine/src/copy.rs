@@ -252,8 +252,8 @@ impl<H: Hypervisor> Visit<'_, H> {
         if !within(&item.source, from) || !within(&item.dest, to) {
             return Err(GrantStatus::GENERAL_ERROR);
         }
-        // 7, outside: whoever wants a table alone need not wait for the bytes, unless they are few
-        if item.len > H::BRIEF_COPY {
+        // 7, outside, where a copy may take its time: whoever wants a table alone need not wait for the bytes
+        if !H::COPY_INSIDE {
             self.leave();
         }
         engine.hv.hook(Hook::CopyMapped);

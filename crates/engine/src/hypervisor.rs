@@ -227,10 +227,10 @@ pub trait Hypervisor: Send + Sync + Sized {
     /// Drops the writable page type.
     fn put_writable(&self, mfn: Mfn);
 
-    /// Copies of at most so many bytes are asked for from inside a table, as everything else is: to leave it
-    /// for them, and come back, would take longer than the bytes. 0, the default, where a copy may have to
-    /// wait for something, or is slow to begin; who wants a table alone waits for as long as it takes.
-    const BRIEF_COPY: u16 = 0;
+    /// Whether [`Hypervisor::copy`] is called from inside a table, as the other functions are. It may wait for
+    /// nothing then; who wants a table alone waits for the bytes of one copy at most. Otherwise, which is the
+    /// default, the table is left for each copy and entered again, which takes as long as some hundred bytes.
+    const COPY_INSIDE: bool = false;
 
     /// Copies `len` bytes between two referenced frames. Both ranges lie within their pages.
     /// Guests may write to either at the same time; the bytes mean nothing to the copier.
