@@ -129,3 +129,46 @@ fn cold(sampler: &mut Sampler<'_>, version: Version, size: u16) {
         sampler.measure(name(batch), SLOTS, &mut body, "memcpy, cold", &mut limit);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use gnttab_abi::{Op, PAGE_SIZE};
+    use gnttab_engine::{Hypervisor, Version};
+
+    use crate::flat::{Flat, Memory};
+    use crate::scene::{Plan, SLOTS, Scene, granter};
+
+    /// Copies are made inside a table, whole pages too, and changes of its version get it alone beside them.
+    #[test]
+    fn copies_inside_a_table_and_changes_of_its_version_go_on_beside_each_other() {
+        const { assert!(Flat::COPY_INSIDE) };
+        let plan = Plan::warm(Version::V1);
+        let memory = Memory::new(plan.memory());
+        let scene = Scene::new(plan, &memory);
+        let mut actor = scene.actor(0, 0, 0);
+        let page = u16::try_from(PAGE_SIZE).unwrap();
+        (0..SLOTS).for_each(|slot| actor.prepare_copy(slot, slot, page, false));
+        actor.call(Op::Copy, 0, SLOTS);
+        (0..SLOTS).for_each(|slot| actor.assert_done(Op::Copy, slot));
+
+        let changed = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let vcpu = scene.vcpu(granter(0), 0);
+                let mut cpu = scene.engine.any_processor().expect("a processor");
+                for version in [2, 1].into_iter().cycle().take(100) {
+                    // Copies that are under way keep the old version for as long as their pins last.
+                    while cpu.set_version(&vcpu, version).is_err() {
+                        std::thread::yield_now();
+                    }
+                }
+                changed.store(true, Ordering::Release);
+            });
+            while !changed.load(Ordering::Acquire) {
+                actor.call(Op::Copy, 0, SLOTS);
+            }
+        });
+    }
+}

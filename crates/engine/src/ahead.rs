@@ -125,7 +125,7 @@ impl<T: Foresee> Ahead<T> {
     /// For a batch of so many items, if it is one that a look ahead is worth while for.
     #[inline]
     pub(crate) fn of(count: u32) -> Option<Ahead<T>> {
-        (count >= SMALLEST).then(|| Ahead {
+        (count >= SMALLEST).then_some(Ahead {
             uses: [Uses::NONE; GROUP as usize],
             known: 0,
             kind: PhantomData,

@@ -107,7 +107,19 @@ mod tests {
 
     #[test]
     fn an_index_is_let_through_or_clamped() {
-        let edges = [0, 1, 2, 254, 255, 256, 257, usize::MAX / 2, usize::MAX / 2 + 1, usize::MAX - 1, usize::MAX];
+        let edges = [
+            0,
+            1,
+            2,
+            254,
+            255,
+            256,
+            257,
+            usize::MAX / 2,
+            usize::MAX / 2 + 1,
+            usize::MAX - 1,
+            usize::MAX,
+        ];
         for bound in edges {
             for index in edges {
                 let inside = index < bound;
@@ -115,7 +127,13 @@ mod tests {
                 assert_eq!(below_wide(index, bound), inside.then_some(index));
             }
         }
-        for (index, first, found) in [(4, 5, None), (5, 5, Some(0)), (8, 5, Some(3)), (9, 5, None), (u32::MAX, 5, None)] {
+        for (index, first, found) in [
+            (4, 5, None),
+            (5, 5, Some(0)),
+            (8, 5, Some(3)),
+            (9, 5, None),
+            (u32::MAX, 5, None),
+        ] {
             assert_eq!(behind(index, first, 4), found);
         }
         assert_eq!(below(u32::MAX, u32::MAX), None);

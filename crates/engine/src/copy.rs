@@ -189,7 +189,10 @@ impl<H: Hypervisor> Visit<'_, H> {
             return Ok(());
         }
         // 1
-        if run.pair.as_ref().is_none_or(|kept| kept.0 != (item.source.domid, item.dest.domid))
+        if run
+            .pair
+            .as_ref()
+            .is_none_or(|kept| kept.0 != (item.source.domid, item.dest.domid))
             && let Err(status) = self.copy_domains(caller, run, *item)
         {
             self.end_copy(run);
@@ -270,17 +273,15 @@ impl<H: Hypervisor> Visit<'_, H> {
     /// Step 1 where the pair is not the one before: both domains, and whether the policy lets bytes go from one
     /// to the other.
     #[inline(never)]
-    fn copy_domains(
-        &mut self,
-        caller: &Domain<H>,
-        run: &mut Run<H>,
-        item: Copy,
-    ) -> Result<(), GrantStatus> {
+    fn copy_domains(&mut self, caller: &Domain<H>, run: &mut Run<H>, item: Copy) -> Result<(), GrantStatus> {
         let pair = (item.source.domid, item.dest.domid);
         self.end_copy(run);
         let source = self.copy_domain(caller, pair.0)?;
         let dest = self.copy_domain(caller, pair.1)?;
-        let (from, to) = (source.as_deref().unwrap_or(caller), dest.as_deref().unwrap_or(caller));
+        let (from, to) = (
+            source.as_deref().unwrap_or(caller),
+            dest.as_deref().unwrap_or(caller),
+        );
         if !self
             .engine
             .hv
@@ -293,11 +294,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     }
 
     #[inline]
-    fn copy_domain(
-        &mut self,
-        caller: &Domain<H>,
-        id: DomId,
-    ) -> Result<Option<Arc<Domain<H>>>, GrantStatus> {
+    fn copy_domain(&mut self, caller: &Domain<H>, id: DomId) -> Result<Option<Arc<Domain<H>>>, GrantStatus> {
         if id == DomId::SELF || id == caller.id() {
             return Ok(None);
         }

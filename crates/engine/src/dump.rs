@@ -24,7 +24,8 @@ impl<H: Hypervisor> Processor<'_, H> {
             .dump_target(vcpu, dom)
             .map(|dom| self.dump(dom).unwrap_or_default());
         let status = text.as_ref().err().copied().unwrap_or(GrantStatus::OKAY);
-        vcpu.caller().answer(&self.engine.hv, Op::DumpTable, Some(dom), None, status);
+        vcpu.caller()
+            .answer(&self.engine.hv, Op::DumpTable, Some(dom), None, status);
         text
     }
 

@@ -213,8 +213,8 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
     ) -> Self {
         let access = access_of(flags);
         let itself = granter.id() == caller.id();
-        let host_type = flags.contains(MapFlags::HOST_MAP)
-            && takes_type(access, caller.kind(), granter.kind(), itself);
+        let host_type =
+            flags.contains(MapFlags::HOST_MAP) && takes_type(access, caller.kind(), granter.kind(), itself);
         let device_type = flags.contains(MapFlags::DEVICE_MAP) && access == Access::Write;
         Mapping {
             hv,
@@ -267,7 +267,7 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         let done = self.install(&entry, mfn, owner, &mut taken);
         if done.is_err() {
             self.hv.hook(Hook::MapUnwind);
-            let unmapping = taken.host.then(|| HostUnmapping {
+            let unmapping = taken.host.then_some(HostUnmapping {
                 addr: self.item.host_addr,
                 new_addr: 0,
                 mfn,
@@ -375,7 +375,6 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         taken.host = true;
         Ok(())
     }
-
 }
 
 /// What `undo` works on. Handed over by value: what is in registers where all goes well is to stay there.

@@ -383,7 +383,8 @@ impl<'a> Handles<'a> {
             && let Some(handle) = own.top.load(Ordering::Relaxed).checked_sub(1).map(GrantHandle)
             && let Some(slot) = self.slot(handle)
         {
-            own.top.store(slot.other().load(Ordering::Relaxed), Ordering::Relaxed);
+            own.top
+                .store(slot.other().load(Ordering::Relaxed), Ordering::Relaxed);
             let length = own.length.load(Ordering::Relaxed);
             own.length.store(length.wrapping_sub(1), Ordering::Relaxed);
             return Some(Free { handle, slot });
@@ -421,7 +422,8 @@ impl<'a> Handles<'a> {
     #[inline(never)]
     fn look_into_page_of(&self, handle: GrantHandle) -> Option<()> {
         let page = self.maptrack.slot(handle)?.page;
-        self.last.set(Some((handle.0 - handle.0 % RECORDS_PER_PAGE, page)));
+        self.last
+            .set(Some((handle.0 - handle.0 % RECORDS_PER_PAGE, page)));
         Some(())
     }
 }

@@ -53,7 +53,8 @@ impl<H: Hypervisor> Processor<'_, H> {
     ) -> GrantStatus {
         let done = self.setup_table_one(vcpu, dom, nr_frames, capacity, store);
         let status = done.err().unwrap_or(GrantStatus::OKAY);
-        vcpu.caller().answer(&self.engine.hv, Op::SetupTable, Some(dom), None, status);
+        vcpu.caller()
+            .answer(&self.engine.hv, Op::SetupTable, Some(dom), None, status);
         status
     }
 
@@ -121,7 +122,8 @@ impl<H: Hypervisor> Processor<'_, H> {
     pub fn query_size(&mut self, vcpu: &Vcpu<H>, dom: DomId) -> Result<TableSize, GrantStatus> {
         let result = self.query_size_one(vcpu, dom);
         let status = result.err().unwrap_or(GrantStatus::OKAY);
-        vcpu.caller().answer(&self.engine.hv, Op::QuerySize, Some(dom), None, status);
+        vcpu.caller()
+            .answer(&self.engine.hv, Op::QuerySize, Some(dom), None, status);
         result
     }
 
@@ -150,7 +152,8 @@ impl<H: Hypervisor> Processor<'_, H> {
     ) -> GrantStatus {
         let done = self.get_status_frames_one(vcpu, dom, nr_frames, capacity, store);
         let status = done.err().unwrap_or(GrantStatus::OKAY);
-        vcpu.caller().answer(&self.engine.hv, Op::GetStatusFrames, Some(dom), None, status);
+        vcpu.caller()
+            .answer(&self.engine.hv, Op::GetStatusFrames, Some(dom), None, status);
         status
     }
 

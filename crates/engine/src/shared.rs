@@ -208,7 +208,11 @@ impl PageWords {
     #[inline(always)]
     pub(crate) fn quarter(word: &AtomicU64, at: usize) -> &AtomicU16 {
         let quarters: *const AtomicU16 = core::ptr::from_ref(word).cast();
-        let at = if cfg!(target_endian = "little") { at % 4 } else { 3 - at % 4 };
+        let at = if cfg!(target_endian = "little") {
+            at % 4
+        } else {
+            3 - at % 4
+        };
         // SAFETY: within the word, which is aligned for more, lives as long as the reference, and is accessed by
         // atomics only.
         unsafe { &*quarters.wrapping_add(at) }
@@ -335,7 +339,8 @@ impl PageWords {
             let side = |page, offset| Run::at(core::slice::from_ref(page), offset, len);
             if let (Some(source), Some(dest)) = (side(source, from), side(dest, to)) {
                 for at in words * 8..len {
-                    dest.u8(at).store(source.u8(at).load(Ordering::Relaxed), Ordering::Relaxed);
+                    dest.u8(at)
+                        .store(source.u8(at).load(Ordering::Relaxed), Ordering::Relaxed);
                 }
             }
         }
@@ -424,7 +429,11 @@ impl<'a> Run<'a> {
     #[inline(always)]
     fn start(self) -> *mut u8 {
         // The bytes of a page may be written through `&PageWords`; a slice of them is no different.
-        self.pages.as_ptr().cast_mut().cast::<u8>().wrapping_add(self.offset)
+        self.pages
+            .as_ptr()
+            .cast_mut()
+            .cast::<u8>()
+            .wrapping_add(self.offset)
     }
 
     /// The `at`th byte.
@@ -484,7 +493,6 @@ impl<'a> Run<'a> {
             self.u8(at).store(*byte, Ordering::Relaxed);
         }
     }
-
 }
 
 #[cfg(not(loom))]

@@ -24,7 +24,8 @@ impl<H: Hypervisor> Processor<'_, H> {
             .swap_one(vcpu, ref_a, ref_b)
             .err()
             .unwrap_or(GrantStatus::OKAY);
-        vcpu.caller().answer(&self.engine.hv, Op::SwapGrantRef, None, Some(ref_a), status);
+        vcpu.caller()
+            .answer(&self.engine.hv, Op::SwapGrantRef, None, Some(ref_a), status);
         status
     }
 

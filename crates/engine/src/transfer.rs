@@ -32,7 +32,8 @@ impl<H: Hypervisor> Processor<'_, H> {
             Err(status) => status,
         };
         let (peer, gref) = (Some(item.domid), Some(item.gref));
-        vcpu.caller().answer(&self.engine.hv, Op::Transfer, peer, gref, status);
+        vcpu.caller()
+            .answer(&self.engine.hv, Op::Transfer, peer, gref, status);
         status
     }
 

@@ -329,10 +329,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         let engine = self.engine;
         let hv = &engine.hv;
         let Removed {
-            mfn,
-            gref,
-            granter,
-            ..
+            mfn, gref, granter, ..
         } = *removed;
         let access = access_of(flags);
         let inside = self.enter(granter);

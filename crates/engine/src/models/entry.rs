@@ -99,9 +99,7 @@ impl World {
     }
 
     fn map(&self, access: Access) -> Result<Mfn, GrantStatus> {
-        let resolve = |gfn: gnttab_abi::Gfn| {
-            Ok((Mfn(gfn.0), FrameOwner::Domain(GRANTER)))
-        };
+        let resolve = |gfn: gnttab_abi::Gfn| Ok((Mfn(gfn.0), FrameOwner::Domain(GRANTER)));
         let (mfn, _) = pin(&self.house, &self.entry(), GRANTEE, access, pins(access), resolve)?;
         Ok(mfn)
     }
