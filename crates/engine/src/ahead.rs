@@ -33,6 +33,8 @@ const SMALLEST: u32 = 4;
 pub(crate) trait Foresee {
     /// Bytes of an item.
     const SIZE: usize;
+    /// Whether it moves bytes.
+    const MOVES: bool;
     /// What an item will use.
     fn uses(raw: &[u8], caller: DomId) -> Option<Uses>;
     /// Asks for what it needs of the caller's own.
@@ -62,6 +64,7 @@ impl Uses {
 
 impl Foresee for MapGrantRef {
     const SIZE: usize = MapGrantRef::size(Abi::X86_64);
+    const MOVES: bool = false;
 
     #[inline(always)]
     fn uses(raw: &[u8], _: DomId) -> Option<Uses> {
@@ -84,6 +87,7 @@ impl Foresee for MapGrantRef {
 
 impl Foresee for Copy {
     const SIZE: usize = Copy::size(Abi::X86_64);
+    const MOVES: bool = true;
 
     #[inline(always)]
     fn uses(raw: &[u8], caller: DomId) -> Option<Uses> {
@@ -172,7 +176,7 @@ impl<T: Foresee> Ahead<T> {
         args: impl Arguments,
     ) {
         let hv = &visit.engine.hv;
-        self.known = 0;
+        let mut known = 0;
         for (index, place) in items.zip(&mut self.uses) {
             let mut raw = [0; LARGEST];
             if !args.peek(index, T::SIZE, &mut raw) {
@@ -182,13 +186,15 @@ impl<T: Foresee> Ahead<T> {
                 break;
             };
             *place = uses;
-            self.known += 1;
+            known += 1;
             T::expect_own(hv, caller.private(), &uses);
         }
+        self.known = known;
         let Some(granter) = self.granter(visit) else {
             return;
         };
-        for uses in self.uses_of(granter) {
+        let id = granter.id();
+        for uses in self.known().iter().filter(|uses| uses.granter == id) {
             granter.view.expect(uses.gref);
         }
     }
@@ -200,29 +206,28 @@ impl<T: Foresee> Ahead<T> {
         let Some(granter) = self.granter(visit) else {
             return;
         };
-        for uses in self.uses_of(granter) {
+        let id = granter.id();
+        for uses in self.known().iter().filter(|uses| uses.granter == id) {
             if let Some(shared) = granter.view.shared(uses.gref)
                 && shared.load_head().domid == caller
             {
                 let gfn = Gfn(shared.load_frame());
-                hv.expect_frame(granter.private(), gfn, uses.bytes);
+                let bytes = if T::MOVES { uses.bytes } else { (0, 0) };
+                hv.expect_frame(granter.private(), gfn, bytes);
             }
         }
+    }
+
+    /// What is known of the group.
+    #[inline(always)]
+    fn known(&self) -> &[Uses] {
+        self.uses.get(..self.known).unwrap_or_default()
     }
 
     /// The granter whose table the processor is inside; if none, that of the group's first item, if it has any.
     #[inline(always)]
     fn granter<'v, 'a, H: Hypervisor>(&self, visit: &'v mut Visit<'a, H>) -> Option<&'v Room<'a, H>> {
-        let first = self.uses.iter().take(self.known).next()?;
-        visit.inside_any(first.granter)
-    }
-
-    /// What the items of the group use of one granter.
-    #[inline(always)]
-    fn uses_of<H: Hypervisor>(&self, granter: &Room<'_, H>) -> impl Iterator<Item = &Uses> {
-        let id = granter.id();
-        let uses = self.uses.iter().take(self.known);
-        uses.filter(move |uses| uses.granter == id)
+        visit.inside_any(self.known().first()?.granter)
     }
 }
 
