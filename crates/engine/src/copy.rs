@@ -208,6 +208,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     }
 
     /// As [`Visit::copy_claimed`], whichever sides are by grant.
+    #[cold]
     #[inline(never)]
     fn copy_any(
         &mut self,
@@ -639,6 +640,7 @@ fn lower<H: Hypervisor>(domain: &Domain<H>, entry: &Entry<'_>, access: Access, s
     );
 }
 
+#[cold]
 #[inline(never)]
 fn lower_partial<H: Hypervisor>(domain: &Domain<H>, entry: Entry<'_>, access: Access, seen: State) {
     let ends = |left: State| !left.is_pinned();

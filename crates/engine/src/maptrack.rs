@@ -419,6 +419,7 @@ impl<'a> Handles<'a> {
         }
     }
 
+    #[cold]
     #[inline(never)]
     fn look_into_page_of(&self, handle: GrantHandle) -> Option<()> {
         let page = self.maptrack.slot(handle)?.page;

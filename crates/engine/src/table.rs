@@ -330,6 +330,7 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
 
     /// Another frame than the last one becomes the last one, perhaps one that there was not yet when the table
     /// was last looked at.
+    #[cold]
     #[inline(never)]
     fn look_into_frame_of(&self, gref: GrantRef) -> Option<()> {
         if gref.0 >= self.entries.get() {
