@@ -138,10 +138,14 @@ pub(crate) trait BlockDevice: Send {
     /// asked: if not, an event that came was for nothing.
     fn completions(&mut self, into: &mut Vec<Completion>) -> bool;
 
+    /// Before sleeping until the event: waits for a moment, if `awake` and if answers are likely in it. Whether
+    /// [`completions`](Self::completions) has something; only if not will the event tell.
+    fn linger(&mut self, awake: bool) -> bool;
+
     /// The event was readable: makes it unreadable until there is something new.
     fn hush(&mut self);
 
-    /// Readable when [`completions`](Self::completions) may have something new. `None`: everything is answered by the
-    /// time [`kick`](Self::kick) returns.
+    /// Readable when [`completions`](Self::completions) may have something new, once [`linger`](Self::linger) said no.
+    /// `None`: everything is answered by the time [`kick`](Self::kick) returns.
     fn event(&self) -> Option<BorrowedFd<'_>>;
 }

@@ -10,7 +10,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use gnttab_io::blkif::{self, FrontendQueue, Io, IoError};
+use gnttab_host::spin::Spin;
+use gnttab_io::blkif::{self, Awaited, FrontendQueue, Io, IoError};
 use gnttab_io::grants::{Granter, Notify};
 use gnttab_io::shared::SharedSliceMut;
 use rustix::event::{Timespec, epoll};
@@ -18,6 +19,11 @@ use rustix::event::{Timespec, epoll};
 use crate::bell::Bell;
 use crate::block::{BlockDevice, Completion, Data, DeviceError, Geometry, Lease, Operation, Pages, Request};
 use crate::image::SECTOR;
+
+/// As many answers, or bytes, are worth going on with, though more are to come: who turns to his client for each of many
+/// wakes it for each.
+const ENOUGH: u32 = 16;
+const ENOUGH_BYTES: u64 = 128 << 10;
 
 /// Bytes of zeros written at a time.
 const ZEROES: u64 = 128 << 10;
@@ -89,12 +95,14 @@ pub(crate) struct QueueDevice<G: Granter, N> {
     ready: Vec<Completion>,
     /// What the backend had answered when it was last looked at.
     responses: u64,
+    spin: Spin,
 }
 
 /// A request of the export, and what of it is still to be done.
 #[derive(Debug)]
 struct Job {
     tag: u64,
+    length: u32,
     /// Zeroing: what has not been sent, first byte and the byte after the last.
     zeroes: std::ops::Range<u64>,
     /// A flush is to follow.
@@ -110,7 +118,18 @@ impl<G: Granter, N: Port> QueueDevice<G, N> {
             free: Vec::new(),
             ready: Vec::new(),
             responses: 0,
+            spin: Spin::default(),
         }
+    }
+
+    /// How many answers to so many requests are worth going on with.
+    fn enough(&self, requests: u32) -> u32 {
+        let bytes: u64 = self.jobs.iter().flatten().map(|job| u64::from(job.length)).sum();
+        let each = bytes / u64::from(requests.max(1));
+        let count = ENOUGH_BYTES
+            .checked_div(each)
+            .and_then(|count| u32::try_from(count).ok());
+        count.unwrap_or(ENOUGH).clamp(1, ENOUGH)
     }
 
     fn begin(&mut self, job: Job) -> usize {
@@ -224,6 +243,7 @@ where
         let sector = request.offset / SECTOR;
         let mut job = Job {
             tag: request.tag,
+            length: request.length,
             zeroes: 0..0,
             flush: false,
         };
@@ -267,9 +287,8 @@ where
     fn completions(&mut self, into: &mut Vec<Completion>) -> bool {
         let shared = Arc::clone(&self.shared);
         let mut queue = shared.lock();
-        let before = self.responses;
         loop {
-            match queue.poll() {
+            match queue.poll_awake() {
                 Ok(Some(done)) => self.go_on(&mut queue, done),
                 Ok(None) => break,
                 Err(broken) => {
@@ -278,11 +297,45 @@ where
                 }
             }
         }
-        self.responses = queue.stats().responses;
+        let before = std::mem::replace(&mut self.responses, queue.stats().responses);
         drop(queue);
         let any = self.responses != before || !self.ready.is_empty();
+        if any {
+            self.spin.came();
+        }
         into.append(&mut self.ready);
         any
+    }
+
+    fn linger(&mut self, awake: bool) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let mut queue = shared.lock();
+        let mut enough = None;
+        while awake
+            && let Ok(Awaited { answered, unanswered }) = queue.awaited()
+            && unanswered > 0
+            && answered < *enough.get_or_insert_with(|| self.enough(answered + unanswered))
+            && self.spin.again()
+        {}
+        let outcome = queue.awaited().and_then(|awaited| {
+            match awaited {
+                // Nothing to wait for, so no event is asked for either, which would come in the next wait's way.
+                Awaited {
+                    answered: 0,
+                    unanswered: 0,
+                } => return Ok(false),
+                Awaited { answered: 0, .. } => {}
+                _ => return Ok(true),
+            }
+            let done = queue.poll()?;
+            let any = done.is_some();
+            done.into_iter().for_each(|done| self.go_on(&mut queue, done));
+            Ok(any)
+        });
+        outcome.unwrap_or_else(|broken| {
+            shared.set_broken(broken);
+            false
+        })
     }
 
     fn hush(&mut self) {
@@ -321,6 +374,10 @@ mod tests {
         backend: BackendQueue<FakeGrantee>,
         disk: ImageDisk,
         image: Image,
+        /// What the backend sends.
+        event: Event,
+        domain: FakeDomain,
+        ring: gnttab_abi::GrantRef,
     }
 
     impl Pair {
@@ -352,7 +409,26 @@ mod tests {
                 backend,
                 disk,
                 image,
+                event: Event::new(),
+                domain,
+                ring: ring[0],
             }
+        }
+
+        fn read(&mut self) {
+            self.device.submit(Request {
+                tag: 7,
+                operation: Operation::Read,
+                offset: 0,
+                length: 4096,
+                data: vec![0; 4096].into(),
+            });
+            self.device.kick();
+        }
+
+        fn serve(&mut self) {
+            let served = self.backend.process(&self.disk, &mut self.event, 64);
+            assert_eq!(served.unwrap().served, 1);
         }
 
         fn run(&mut self, operation: Operation, offset: u64, length: usize, data: Vec<u8>) -> Completion {
@@ -477,5 +553,62 @@ mod tests {
             assert!(pair.device.completions(&mut done));
             assert_eq!(done.len(), usize::from(piece == pieces));
         }
+    }
+
+    /// An event comes for an answer that is waited for asleep, and for no other.
+    #[test]
+    fn who_lingers_is_woken_only_when_that_did_not_help() {
+        let mut pair = Pair::new();
+        let mut done = Vec::new();
+        assert!(!pair.device.linger(true), "there is nothing to wait for");
+        pair.read();
+        pair.serve();
+        assert!(pair.device.linger(false), "it is answered already");
+        assert!(pair.device.completions(&mut done));
+        // The ring began with an event asked for.
+        assert_eq!((done.len(), pair.event.sent()), (1, 1));
+        pair.read();
+        assert!(!pair.device.completions(&mut done));
+        pair.serve();
+        assert!(pair.device.completions(&mut done));
+        assert!(!pair.device.linger(true));
+        assert_eq!((done.len(), pair.event.sent()), (2, 1), "nobody slept");
+        for awake in [true, false] {
+            let before = pair.event.sent();
+            pair.read();
+            assert!(!pair.device.linger(awake), "nobody answers");
+            pair.serve();
+            assert_eq!(pair.event.sent(), before + 1);
+            assert!(pair.device.linger(awake));
+            assert!(pair.device.completions(&mut done));
+        }
+    }
+
+    /// There is nothing to wait for on a broken ring, and the one who can mend that is told.
+    #[test]
+    fn nobody_lingers_on_a_broken_ring() {
+        let mut pair = Pair::new();
+        pair.read();
+        let domain = pair.domain.clone();
+        let ring = domain.peek(pair.ring).unwrap();
+        ring.write(8, &7_u32.to_le_bytes());
+        assert!(!pair.device.linger(true));
+        assert!(pair.device.shared.take_broken().is_some());
+    }
+
+    #[test]
+    fn what_is_waited_for_at_most_is_what_an_event_waits_for() {
+        let mut pair = Pair::new();
+        assert_eq!(pair.device.enough(0), ENOUGH);
+        pair.read();
+        assert_eq!(pair.device.enough(1), ENOUGH);
+        pair.device.submit(Request {
+            tag: 8,
+            operation: Operation::Read,
+            offset: 0,
+            length: 128 << 10,
+            data: vec![0; 128 << 10].into(),
+        });
+        assert_eq!(pair.device.enough(2), 1);
     }
 }

@@ -95,3 +95,4 @@ pub mod launch;
 pub mod monitor;
 pub mod protocol;
 pub mod runtime;
+pub mod spin;

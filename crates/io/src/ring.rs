@@ -321,6 +321,15 @@ impl<P: AsRef<SharedPages>> FrontRing<P> {
         Ok(true)
     }
 
+    /// Looks how many responses can be taken now.
+    ///
+    /// # Errors
+    /// As [`FrontRing::take`].
+    pub fn waiting(&mut self) -> Result<u32, RingBroken> {
+        self.look()?;
+        Ok(self.rsp_seen.wrapping_sub(self.rsp_cons))
+    }
+
     /// Before sleeping: asks for an event at the next response, then looks once more. `true` means that
     /// there is something to take now.
     ///

@@ -8,7 +8,7 @@ use std::hash::{Hash, Hasher};
 
 use gnttab_abi::Abi;
 use gnttab_io::blkif::{
-    BackendConfig, BackendQueue, Data, DeviceProperties, Disk, DiskError, DiskInfo, FrontendConfig,
+    Awaited, BackendConfig, BackendQueue, Data, DeviceProperties, Disk, DiskError, DiskInfo, FrontendConfig,
     FrontendQueue, Io, OneShot,
 };
 use gnttab_io::fake::{Event, FakeDomain, RamDisk, Rig, RigConfig};
@@ -372,4 +372,50 @@ fn an_event_waits_for_answers_at_hand_and_for_nothing_else() {
     assert_eq!((seen[15], seen[16]), (("read", 0), ("read", 1)));
     let (seen, _) = run(vec![read(32), read(32)]);
     assert_eq!(seen, [("read", 0), ("read", 1)]);
+}
+
+/// Who stays awake is sent no events, and who goes to sleep is.
+#[test]
+fn only_who_sleeps_is_woken() {
+    let (to_front, to_back) = (Event::new(), Event::new());
+    let disk = RamDisk::new(2048);
+    let domain = FakeDomain::new();
+    let mut front = FrontendQueue::new(domain.granter(), FrontendConfig::new(Abi::X86_64));
+    assert_eq!(front.awaited(), Ok(Awaited::default()));
+    let ring = front.open(1, to_back.clone()).unwrap();
+    let config = BackendConfig::new(Abi::X86_64, true);
+    let mut back = BackendQueue::connect(domain.grantee(), &ring, config, disk.info()).unwrap();
+    front.start(DeviceProperties {
+        disk: disk.info(),
+        barrier: false,
+        persistent: true,
+        max_indirect: 32,
+    });
+    let awaited = |answered, unanswered| Ok(Awaited { answered, unanswered });
+    let mut run = |awake: bool| {
+        let before = (to_back.sent(), to_front.sent());
+        for token in 0..2 {
+            let read = Io::Read {
+                sector: 0,
+                data: vec![0; 4096].into(),
+            };
+            front.submit(token, read).unwrap();
+        }
+        front.kick();
+        assert_eq!(front.awaited(), awaited(0, 2));
+        let progress = if awake {
+            back.process_awake(&disk, &mut to_front.clone(), 64)
+        } else {
+            back.process(&disk, &mut to_front.clone(), 64)
+        };
+        assert_eq!(progress.map(|progress| progress.served), Ok(2));
+        assert_eq!(front.awaited(), awaited(2, 0));
+        let poll = || if awake { front.poll_awake() } else { front.poll() }.unwrap();
+        assert_eq!(std::iter::from_fn(poll).count(), 2);
+        (to_back.sent() - before.0, to_front.sent() - before.1)
+    };
+    assert_eq!(run(true), (1, 1), "both sleep at first");
+    assert_eq!(run(true), (0, 0));
+    assert_eq!(run(false), (0, 0), "both are awake until the end of this");
+    assert_eq!(run(false), (1, 1));
 }

@@ -369,6 +369,9 @@ impl<D: BlockDevice> Run<'_, D> {
             if !completions.is_empty() {
                 return Ok(());
             }
+            if self.device.linger(true) {
+                continue;
+            }
             if since.elapsed() > self.patience {
                 return Err(WorkloadError::Stalled);
             }
@@ -450,6 +453,9 @@ mod tests {
                 }
             }
             any
+        }
+        fn linger(&mut self, _: bool) -> bool {
+            false
         }
         fn hush(&mut self) {}
         fn event(&self) -> Option<std::os::fd::BorrowedFd<'_>> {

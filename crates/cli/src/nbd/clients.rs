@@ -329,6 +329,10 @@ impl BlockDevice for Noisy {
         false
     }
 
+    fn linger(&mut self, _: bool) -> bool {
+        false
+    }
+
     fn hush(&mut self) {}
 
     fn event(&self) -> Option<BorrowedFd<'_>> {

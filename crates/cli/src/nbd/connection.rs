@@ -262,6 +262,11 @@ impl Connection {
         }
     }
 
+    /// Requests that the disk has.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
     /// Whether something waits to be sent.
     pub(super) fn has_output(&self) -> bool {
         !self.output.is_empty()

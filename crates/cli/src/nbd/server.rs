@@ -31,6 +31,9 @@ const MAX_CLIENTS: usize = 16;
 /// Bytes that are submitted for a client before answers are sent: about what stays in the processor's cache.
 const ROUND: usize = 512 << 10;
 
+/// With more requests than these under way nobody waits for one.
+const FEW: usize = 4;
+
 /// The most pieces of memory that one write takes.
 const PIECES: usize = 256;
 
@@ -485,10 +488,21 @@ impl<D: BlockDevice> Worker<D> {
             }
             self.return_leases();
             // What was sent may have made room for requests that have come already.
-            if !submitted && !moved && !sent {
+            if !submitted && !moved && !sent && !self.linger() {
                 return any;
             }
         }
+    }
+
+    /// Waits a moment for the disk, if it has little to do: otherwise the processor is better spent on the clients, which
+    /// have more to ask.
+    fn linger(&mut self) -> bool {
+        let under_way: usize = self
+            .clients
+            .iter()
+            .map(|client| client.connection.in_flight())
+            .sum();
+        self.device.linger(under_way <= FEW)
     }
 
     /// Gives the disk some of what clients ask for; each is bounded in what it may have under way.

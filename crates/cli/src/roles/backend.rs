@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use gnttab_guest::Mapper;
 use gnttab_host::runtime::{Domain, Port, io::Back};
+use gnttab_host::spin::Spin;
 use gnttab_io::blkif::handshake::{BackendEvent, BackendHandshake, BackendLimits, QueueOffer};
 use gnttab_io::blkif::{BackendConfig, BackendQueue, Disk, OneShot};
 use gnttab_io::grants::{Grantee, Notify};
@@ -247,20 +248,36 @@ fn serve<G: Grantee>(
 ) -> Result<(), RoleError> {
     let started = Instant::now();
     let mut throttle = EventThrottle::default();
+    let mut spin = Spin::default();
     loop {
         let event = port.take();
-        let mut served = false;
-        loop {
-            let progress = queue.process(disk, &mut port, BUDGET)?;
-            served |= progress.served > 0;
-            if !progress.more {
+        let (mut left, mut awake) = (BUDGET, true);
+        // Whether there are requests without end or none, the rest of this loop has its turn.
+        while left > 0 {
+            let progress = if awake {
+                queue.process_awake(disk, &mut port, left)?
+            } else {
+                queue.process(disk, &mut port, left)?
+            };
+            left -= progress.served;
+            if progress.served > 0 {
+                spin.came();
+                awake = true;
+            } else if !awake {
                 break;
-            }
-            if stop.is_ringing() {
-                return Ok(());
+            } else {
+                awake = spin.again();
             }
         }
         queue.tick(u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX));
+        if left == 0 {
+            throttle.after(true);
+            if stop.is_ringing() {
+                return Ok(());
+            }
+            continue;
+        }
+        let served = left < BUDGET;
         let pause = if served || event == Ok(true) {
             throttle.after(served)
         } else {

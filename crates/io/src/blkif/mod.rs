@@ -12,8 +12,8 @@ pub use backend::{BackendConfig, BackendQueue, BackendStats, ConnectError, Failu
 pub use device::{BlockDevice, BlockingError};
 pub use disk::{DiscardInfo, Disk, DiskError, DiskInfo};
 pub use frontend::{
-    Completion, Data, DeviceBroken, DeviceProperties, FrontendConfig, FrontendQueue, FrontendStats, Io,
-    IoError, Lease, OpenError, RejectReason, Rejected,
+    Awaited, Completion, Data, DeviceBroken, DeviceProperties, FrontendConfig, FrontendQueue, FrontendStats,
+    Io, IoError, Lease, OpenError, RejectReason, Rejected,
 };
 pub use layout::{
     ABSENT_PROTOCOL, MAX_DIRECT_SEGMENTS, MAX_INDIRECT_PAGES, MAX_INDIRECT_SEGMENTS, MAX_SLOT,

@@ -124,6 +124,30 @@ impl<G: Grantee> BackendQueue<G> {
         port: &mut impl Notify,
         budget: u32,
     ) -> Result<Progress, RingBroken> {
+        self.process_and(true, disk, port, budget)
+    }
+
+    /// As [`BackendQueue::process`], for a caller that looks again instead of sleeping: no event is asked for, and the
+    /// frontend need not send one.
+    ///
+    /// # Errors
+    /// As [`BackendQueue::process`].
+    pub fn process_awake(
+        &mut self,
+        disk: &impl Disk,
+        port: &mut impl Notify,
+        budget: u32,
+    ) -> Result<Progress, RingBroken> {
+        self.process_and(false, disk, port, budget)
+    }
+
+    fn process_and(
+        &mut self,
+        ask: bool,
+        disk: &impl Disk,
+        port: &mut impl Notify,
+        budget: u32,
+    ) -> Result<Progress, RingBroken> {
         let BackendQueue {
             ring: Some(ring),
             server,
@@ -139,7 +163,7 @@ impl<G: Grantee> BackendQueue<G> {
             answers: 0,
             since: server.stats.bytes(),
         };
-        let outcome = serve_all(ring, server, disk, port, budget, &mut event);
+        let outcome = serve_all(ring, server, disk, port, (budget, ask), &mut event);
         // On every way out: a peer that asked for an event gets it.
         event.send(&mut server.stats, port);
         outcome
@@ -179,13 +203,14 @@ impl<G: Grantee> BackendQueue<G> {
     pub fn disconnect(self) {}
 }
 
-/// Serves up to `budget` requests; an event may still be held afterwards.
+/// Serves up to `budget` requests, and asks for an event at the next one if it should; one for the peer may still be held
+/// afterwards.
 fn serve_all<G: Grantee>(
     ring: &mut BackRing<G::Mapping>,
     server: &mut Server<G>,
     disk: &impl Disk,
     port: &mut impl Notify,
-    budget: u32,
+    (budget, ask): (u32, bool),
     event: &mut HeldEvent,
 ) -> Result<Progress, RingBroken> {
     let abi = server.config.abi;
@@ -210,7 +235,7 @@ fn serve_all<G: Grantee>(
         if served >= budget {
             return Ok(Progress { served, more: true });
         }
-        if !ring.final_check()? {
+        if !ask || !ring.final_check()? {
             return Ok(Progress { served, more: false });
         }
     }

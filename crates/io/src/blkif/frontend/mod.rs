@@ -27,8 +27,8 @@ use self::bounce::put_back;
 use self::lease::{Leases, Lent};
 use self::pool::{Pool, PoolPage};
 pub use self::types::{
-    Completion, Data, DeviceBroken, DeviceProperties, FrontendConfig, FrontendStats, Io, IoError, Lease,
-    OpenError, RejectReason, Rejected,
+    Awaited, Completion, Data, DeviceBroken, DeviceProperties, FrontendConfig, FrontendStats, Io, IoError,
+    Lease, OpenError, RejectReason, Rejected,
 };
 use super::layout::{MAX_SLOT, RawResponse, SECTOR_SIZE, slot_size};
 use super::request::{BadRequest, Operation};
@@ -436,6 +436,37 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
     /// # Errors
     /// [`DeviceBroken`], now and until [`FrontendQueue::close`]. Unfinished operations are kept.
     pub fn poll(&mut self) -> Result<Option<Completion>, DeviceBroken> {
+        self.poll_and(true)
+    }
+
+    /// As [`FrontendQueue::poll`], for a caller that looks again instead of sleeping: no event is asked for, so `None`
+    /// is no leave to sleep, and the backend need not send one.
+    ///
+    /// # Errors
+    /// As [`FrontendQueue::poll`].
+    pub fn poll_awake(&mut self) -> Result<Option<Completion>, DeviceBroken> {
+        self.poll_and(false)
+    }
+
+    /// Requests that the backend has not answered, and those whose answers lie on the ring.
+    ///
+    /// # Errors
+    /// As [`FrontendQueue::poll`], which also notes what is broken.
+    pub fn awaited(&mut self) -> Result<Awaited, DeviceBroken> {
+        let Some(link) = self.link.as_mut().filter(|link| link.started) else {
+            return Ok(Awaited::default());
+        };
+        if let Some(broken) = link.broken {
+            return Err(broken);
+        }
+        let answered = link.ring.waiting()?;
+        Ok(Awaited {
+            answered,
+            unanswered: link.ring.outstanding() - answered,
+        })
+    }
+
+    fn poll_and(&mut self, ask: bool) -> Result<Option<Completion>, DeviceBroken> {
         loop {
             if let Some(done) = self.done.pop_front() {
                 return Ok(Some(done));
@@ -451,11 +482,8 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
                 Ok(false) => {
                     self.pump();
                     self.kick();
-                    match self
-                        .link
-                        .as_mut()
-                        .map_or(Ok(false), |link| link.ring.final_check())
-                    {
+                    let link = self.link.as_mut().filter(|_| ask);
+                    match link.map_or(Ok(false), |link| link.ring.final_check()) {
                         Ok(false) if self.done.is_empty() => return Ok(None),
                         other => other.map(|_| None),
                     }

@@ -249,6 +249,15 @@ pub enum OpenError {
     AlreadyOpen,
 }
 
+/// What a queue waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Awaited {
+    /// Requests whose answers can be taken.
+    pub answered: u32,
+    /// Requests whose answers are still to come.
+    pub unanswered: u32,
+}
+
 /// What a queue has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrontendStats {
