@@ -26,7 +26,8 @@ use serde_json::Value;
 use list::Change;
 
 /// The tests that are asked, in this order, behind the unit tests.
-const TESTS: [&str; 10] = [
+const TESTS: [&str; 11] = [
+    "args",
     "edges",
     "memory_op",
     "observed",
@@ -39,7 +40,7 @@ const TESTS: [&str; 10] = [
     "coverage",
 ];
 /// So many of them are quick.
-const QUICK: usize = 8;
+const QUICK: usize = 9;
 const ENGINE: &str = "crates/engine";
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -354,6 +354,11 @@ impl<'m> Hypervisor for Flat<'m> {
     }
 
     #[inline]
+    fn flush_waits(&self, grantee: &FlatDomain) -> bool {
+        grantee.running.load(Ordering::Relaxed)
+    }
+
+    #[inline]
     fn flush(&self, grantee: &FlatDomain) {
         // The shoot-down itself is left out, as from Xen's figures: no other processor runs the domain.
         if grantee.running.load(Ordering::Relaxed) {

@@ -276,6 +276,15 @@ pub trait Hypervisor: Send + Sync + Sized {
     /// that are not external; external ones are flushed by `unmap_host` itself.
     fn flush(&self, grantee: &Self::Domain);
 
+    /// Whether [`Hypervisor::flush`] of that grantee may wait for anything: for other processors, which may hold
+    /// translations of its. If not, it is called from inside a table; otherwise, which is the default, the table
+    /// is left for it and entered again. Asked of external grantees too, whom `unmap_host` has flushed by then.
+    #[inline]
+    fn flush_waits(&self, grantee: &Self::Domain) -> bool {
+        let _ = grantee;
+        true
+    }
+
     /// The domain did what no live guest can: it must not run again.
     fn crash(&self, domain: &Self::Domain, why: &'static str);
 

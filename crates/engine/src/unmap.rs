@@ -106,6 +106,7 @@ impl<H: Hypervisor> Processor<'_, H> {
     pub fn unmap(&mut self, vcpu: &Vcpu<H>, items: &mut [UnmapGrantRef]) {
         let (mut visit, caller) = (self.visit(), vcpu.caller());
         for items in items.chunks_mut(UNMAP_GROUP) {
+            visit.leave();
             let mut group: Group<UNMAP_GROUP> = Group::new();
             for item in items {
                 item.status = visit.unmap_first(&caller, Op::UnmapGrantRef, (&*item).into(), &mut group);
@@ -118,6 +119,7 @@ impl<H: Hypervisor> Processor<'_, H> {
     pub fn unmap_and_replace(&mut self, vcpu: &Vcpu<H>, items: &mut [UnmapAndReplace]) {
         let (mut visit, caller) = (self.visit(), vcpu.caller());
         for items in items.chunks_mut(UNMAP_GROUP) {
+            visit.leave();
             let mut group: Group<UNMAP_GROUP> = Group::new();
             for item in items {
                 item.status = visit.unmap_first(&caller, Op::UnmapAndReplace, (&*item).into(), &mut group);
@@ -293,10 +295,12 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     pub(crate) fn unmap_second<const N: usize>(&mut self, caller: &Caller<'_, H>, group: &Group<N>) {
         let (hv, domain) = (&self.engine.hv, caller.domain);
-        // A flush may take long: whoever wants a table alone need not wait for it, nor for group after group.
-        self.leave();
         if group.length == 0 {
             return;
+        }
+        // A flush that waits for other processors may take long: whoever wants a table alone need not.
+        if hv.flush_waits(domain.private()) {
+            self.leave();
         }
         if !domain.kind().is_external() {
             hv.flush(domain.private());

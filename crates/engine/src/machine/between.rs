@@ -160,6 +160,8 @@ where
     type Domain = H::Domain;
     type TablePage = H::TablePage;
 
+    const COPY_INSIDE: bool = H::COPY_INSIDE;
+
     fn resolve(&self, domain: &H::Domain, gfn: Gfn, access: Access) -> Result<Resolved, ResolveError> {
         let request = Request::Resolve {
             domain: domain.domid(),
@@ -250,6 +252,10 @@ where
             grantee: grantee.domid(),
         };
         self.tell(request, |hv| hv.flush(grantee), done);
+    }
+
+    fn flush_waits(&self, grantee: &H::Domain) -> bool {
+        self.hv.flush_waits(grantee)
     }
 
     fn crash(&self, domain: &H::Domain, why: &'static str) {
