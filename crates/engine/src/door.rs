@@ -523,6 +523,7 @@ where
                 if stop(index, self.yield_now) {
                     break;
                 }
+                leave_now_and_then(&mut visit, index);
                 let Ok(item) = Copy::decode(self.abi, raw) else {
                     break;
                 };
