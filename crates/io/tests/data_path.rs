@@ -367,11 +367,11 @@ fn an_event_waits_for_answers_at_hand_and_for_nothing_else() {
     // A flush may take long: what is answered before it is told before it.
     let (seen, sent) = run(vec![read(1), Io::Flush]);
     assert_eq!((seen, sent), (vec![("read", 0), ("flush", 1)], 1));
-    // Not for ever: the seventeenth is served after the event; so is what follows 128 KiB.
+    // Not for ever: the seventeenth is served after the event; so is what follows 256 KiB.
     let (seen, _) = run((0..20).map(|_| read(1)).collect());
     assert_eq!((seen[15], seen[16]), (("read", 0), ("read", 1)));
-    let (seen, _) = run(vec![read(32), read(32)]);
-    assert_eq!(seen, [("read", 0), ("read", 1)]);
+    let (seen, _) = run(vec![read(32), read(32), read(32)]);
+    assert_eq!(seen, [("read", 0), ("read", 0), ("read", 1)]);
 }
 
 /// Who stays awake is sent no events, and who goes to sleep is.

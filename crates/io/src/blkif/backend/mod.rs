@@ -61,7 +61,7 @@ pub struct BackendQueue<G: Grantee> {
 /// every answer spends its time on waking up; one that waits for long loses the time in which it could have
 /// worked on what it has.
 const HELD_ANSWERS: u32 = 16;
-const HELD_BYTES: u64 = 128 << 10;
+const HELD_BYTES: u64 = 256 << 10;
 
 /// The peer's event, while it waits for more answers.
 struct HeldEvent {
