@@ -549,7 +549,10 @@ where
 
     fn query_size(&mut self) -> Result<(), Stop> {
         self.one_only()?;
-        let mut raw = self.read(0)?;
+        // The same size for every calling ABI, and so a constant.
+        let size = QuerySize::size(self.abi);
+        let mut raw = [0; LARGEST];
+        self.args.read(0, size, &mut raw)?;
         let mut item = decoded(QuerySize::decode(self.abi, &raw))?;
         item.status = match self.cpu.query_size(self.vcpu, item.dom) {
             Ok(size) => {
@@ -559,7 +562,7 @@ where
             Err(status) => status,
         };
         item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
-        Ok(self.write(0, &raw[..QuerySize::size(self.abi)])?)
+        Ok(self.args.write(0, size, raw)?)
     }
 
     fn one_only(&self) -> Result<(), Errno> {
@@ -691,7 +694,9 @@ where
     }
 
     fn get_version(&mut self) -> Result<(), Stop> {
-        let item = decoded(GetVersion::decode(self.abi, &self.read(0)?))?;
+        let mut raw = [0; LARGEST];
+        self.args.read(0, GetVersion::size(self.abi), &mut raw)?;
+        let item = decoded(GetVersion::decode(self.abi, &raw))?;
         let version = self.cpu.get_version(self.vcpu, item.dom)?;
         Ok(self
             .memory

@@ -129,15 +129,19 @@ impl<H: Hypervisor> Processor<'_, H> {
 
     fn query_size_one(&mut self, vcpu: &Vcpu<H>, dom: DomId) -> Result<TableSize, GrantStatus> {
         let hv = &self.engine.hv;
-        let caller = &vcpu.domain;
-        let target = self.lookup_any(caller, dom).ok_or(GrantStatus::BAD_DOMAIN)?;
-        if target.id() != caller.id() && !hv.may_query(caller.private(), target.private()) {
+        let caller = &*vcpu.domain;
+        let size = |domain: &Domain<H>| TableSize {
+            frames: domain.table.nr_frames(),
+            max_frames: domain.max_grant_frames(),
+        };
+        if dom == DomId::SELF || dom == caller.id() {
+            return Ok(size(caller));
+        }
+        let target = self.enter(dom).ok_or(GrantStatus::BAD_DOMAIN)?;
+        if !hv.may_query(caller.private(), target.private()) {
             return Err(GrantStatus::PERMISSION_DENIED);
         }
-        Ok(TableSize {
-            frames: target.table.nr_frames(),
-            max_frames: target.max_grant_frames(),
-        })
+        Ok(size(&target))
     }
 
     /// Reports the frame numbers of a version 2 table's first `nr_frames` status frames to

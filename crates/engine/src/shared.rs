@@ -399,10 +399,10 @@ impl Form {
     fn of(offset: usize, len: usize) -> Form {
         let aligned = |size| offset.is_multiple_of(size);
         match len {
-            8 | 24 | 32 | FEW if aligned(8) => Form::Words,
+            8 | 16 | 24 | 32 | FEW if aligned(8) => Form::Words,
             4 if aligned(4) => Form::Half,
             2 if aligned(2) => Form::Quarter,
-            2 | 4 | 8 | 24 | 32 | FEW => Form::Askew,
+            2 | 4 | 8 | 16 | 24 | 32 | FEW => Form::Askew,
             _ => Form::Bytes,
         }
     }
