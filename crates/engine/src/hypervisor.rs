@@ -272,8 +272,8 @@ pub trait Hypervisor: Send + Sync + Sized {
     /// same (spec 10.2 item 14).
     fn unmap_host(&self, grantee: &Self::Domain, unmapping: &HostUnmapping) -> Result<(), HostError>;
 
-    /// Flushes every stale translation of `grantee`. Called once a group of unmaps, for domains
-    /// that are not external; external ones are flushed by `unmap_host` itself.
+    /// Flushes every stale translation of `grantee`. Called once a group of unmaps, and once a mapping is undone
+    /// that was just made, for domains that are not external; external ones are flushed by `unmap_host` itself.
     fn flush(&self, grantee: &Self::Domain);
 
     /// Whether [`Hypervisor::flush`] of that grantee may wait for anything: for other processors, which may hold

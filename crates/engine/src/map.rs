@@ -4,7 +4,9 @@
 //! policy; a handle; the reference; the entry in use by another; the entry's own word; the frame;
 //! the frame's owner; its type; the host mapping; the I/O MMU.
 
-use gnttab_abi::{DomId, EntryFlags, Gfn, GrantHandle, GrantStatus, MapFlags, MapGrantRef, Mfn, Op};
+use gnttab_abi::{
+    DomId, EntryFlags, Gfn, GrantHandle, GrantRef, GrantStatus, MapFlags, MapGrantRef, Mfn, Op,
+};
 
 use crate::active::{Pins, State, UseKind};
 use crate::caller::Caller;
@@ -157,7 +159,14 @@ impl<H: Hypervisor> Visit<'_, H> {
         if done.is_err() {
             caller.handles.release(free);
         }
-        let mfn = done?;
+        let mfn = match done {
+            Ok(mfn) => mfn,
+            Err(Unmade::Refused(status)) => return Err(status),
+            Err(Unmade::Undo(undo)) => {
+                self.undo(domain, undo);
+                return Err(GrantStatus::GENERAL_ERROR);
+            }
+        };
         // 17
         hv.hook(Hook::MapPublish);
         let record = Record {
@@ -184,6 +193,37 @@ impl<H: Hypervisor> Visit<'_, H> {
         let registry = &self.engine.registry;
         caller.domain.maptrack.gather(|| registry.wait_for_all());
         self.map_any(caller, item, now, true)
+    }
+
+    /// Gives back what was taken; the pins go before the references that they stand for (CPY-6).
+    #[cold]
+    #[inline(never)]
+    fn undo(&mut self, caller: &Domain<H>, undo: Undo) {
+        let engine = self.engine;
+        let hv = &engine.hv;
+        if let Some(unmapping) = undo.unmapping {
+            // What was just made is there, unless the caller's own processors tore it down.
+            let _ = hv.unmap_host(caller.private(), &unmapping);
+            // As between the phases of an unmap: the pins keep the granter and its entry meanwhile.
+            if hv.flush_waits(caller.private()) {
+                self.leave();
+            }
+            if !caller.kind().is_external() {
+                hv.flush(caller.private());
+            }
+        }
+        let inside = self.enter(undo.granter);
+        if let Some(granter) = inside
+            && let Some(entry) = granter.view.entry(undo.gref)
+        {
+            unpin(&entry, undo.pins, undo.access);
+        }
+        (0..undo.types).for_each(|_| hv.put_writable(undo.mfn));
+        (0..undo.frames).for_each(|_| hv.put_frame(undo.mfn));
+        if inside.is_some_and(|granter| granter.is_dying()) {
+            self.leave();
+            engine.reap(undo.granter);
+        }
     }
 }
 
@@ -230,7 +270,7 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
     }
 
     #[inline(always)]
-    fn make(&self) -> Result<Mfn, GrantStatus> {
+    fn make(&self) -> Result<Mfn, Unmade> {
         // 6
         let entry = self.granter.view.entry_to_use(self.item.gref)?;
         // 7 to 10; a type that will be needed comes with the look-up
@@ -264,27 +304,26 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
             host: false,
         };
         // 11, 13 to 16
-        let done = self.install(&entry, mfn, owner, &mut taken);
-        if done.is_err() {
-            self.hv.hook(Hook::MapUnwind);
-            let unmapping = taken.host.then_some(HostUnmapping {
-                addr: self.item.host_addr,
-                new_addr: 0,
-                mfn,
-                flags: self.flags,
-            });
-            let undone = Undone {
-                entry,
-                pins: self.pins,
-                access,
-                mfn,
-                unmapping,
-                types: taken.types,
-                frames: taken.frames,
-            };
-            undo(self.hv, self.caller.private(), undone);
-        }
-        done.map(|()| mfn).map_err(|Failed| GrantStatus::GENERAL_ERROR)
+        let Err(Failed) = self.install(&entry, mfn, owner, &mut taken) else {
+            return Ok(mfn);
+        };
+        self.hv.hook(Hook::MapUnwind);
+        let unmapping = taken.host.then_some(HostUnmapping {
+            addr: self.item.host_addr,
+            new_addr: 0,
+            mfn,
+            flags: self.flags,
+        });
+        Err(Unmade::Undo(Undo {
+            granter: self.granter.id(),
+            gref: self.item.gref,
+            pins: self.pins,
+            access,
+            mfn,
+            unmapping,
+            types: taken.types,
+            frames: taken.frames,
+        }))
     }
 
     /// Steps 13 to 16: references, types and mappings.
@@ -377,9 +416,23 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
     }
 }
 
-/// What `undo` works on. Handed over by value: what is in registers where all goes well is to stay there.
-struct Undone<'e> {
-    entry: Entry<'e>,
+/// Why a mapping was not made.
+enum Unmade {
+    Refused(GrantStatus),
+    /// A step of 13 to 16 failed, and this is to be given back: *general_error*.
+    Undo(Undo),
+}
+
+impl From<GrantStatus> for Unmade {
+    fn from(status: GrantStatus) -> Unmade {
+        Unmade::Refused(status)
+    }
+}
+
+/// What a mapping had taken by the time that it failed.
+struct Undo {
+    granter: DomId,
+    gref: GrantRef,
     pins: Pins,
     access: Access,
     mfn: Mfn,
@@ -388,21 +441,7 @@ struct Undone<'e> {
     frames: u32,
 }
 
-/// Gives back what was taken; the pins go before the references that they stand for (CPY-6).
-#[cold]
-#[inline(never)]
-fn undo<H: Hypervisor>(hv: &H, caller: &H::Domain, undone: Undone<'_>) {
-    if let Some(unmapping) = undone.unmapping {
-        // What was just made is there, unless the caller's own processors tore it down.
-        let _ = hv.unmap_host(caller, &unmapping);
-        hv.flush(caller);
-    }
-    unpin(&undone.entry, undone.pins, undone.access);
-    (0..undone.types).for_each(|_| hv.put_writable(undone.mfn));
-    (0..undone.frames).for_each(|_| hv.put_frame(undone.mfn));
-}
-
-/// A step of 13 to 16 failed: *general_error*.
+/// A step of 13 to 16 failed.
 #[derive(Debug)]
 struct Failed;
 

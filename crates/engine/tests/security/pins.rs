@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use gnttab_abi::{CopyFlags, CopyPtr, EntryFlags, GrantHandle, GrantStatus, MapFlags, Mfn};
-use gnttab_engine::machine::{C, G, PageType, Request, Scene};
+use gnttab_engine::machine::{Audit, C, G, PageType, Request, Scene, Violation};
 use gnttab_engine::{DomainKind, Hook};
 
 use crate::stage::{BOTH, DEV_RO, DEV_RW, LOW, RO, RW, Stage};
@@ -61,6 +61,39 @@ fn n_03_the_flush_comes_before_the_marks_go() {
     assert_eq!(flushes.load(Ordering::Relaxed), 1, "one for the batch");
     assert_eq!(stage.marks(G, LOW), NONE);
     stage.finish();
+}
+
+/// A flush may wait for other processors, and these for a table to be left: nobody is inside one meanwhile,
+/// between the phases of an unmap, nor where a mapping is undone that was just made.
+#[test]
+fn a_flush_that_may_wait_is_made_outside() {
+    for fails in [false, true] {
+        let stage = Stage::new(Scene::pv().caller_iommu());
+        stage.guest(C, |guest| guest.set_iommu_failing(fails));
+        let flushes = Arc::new(AtomicU32::new(0));
+        let (inside, count) = (stage.clone(), Arc::clone(&flushes));
+        stage.eye().after_each(
+            |request| matches!(request, Request::Flush { grantee } if *grantee == C),
+            move || {
+                count.fetch_add(1, Ordering::Relaxed);
+                assert_eq!(inside.marks(G, LOW), EntryFlags::IN_USE, "flushed too late");
+                let held = |found: &Violation| found.audit == Audit::Locks;
+                assert!(!inside.audit().iter().any(held), "flushed inside a table");
+            },
+        );
+        let item = stage.map_on((C, 0), (G, LOW), stage.place(0), RW);
+        if fails {
+            assert_eq!(item.status, GrantStatus::GENERAL_ERROR);
+        } else {
+            let unmapped = stage.unmap_on(0, item.handle, stage.place(0), 0);
+            assert_eq!(unmapped, GrantStatus::OKAY);
+        }
+        assert_eq!(flushes.load(Ordering::Relaxed), 1);
+        assert_eq!((stage.marks(G, LOW), stage.pins(G, LOW)), (NONE, [0; 4]));
+        stage.eye().forget();
+        stage.guest(C, |guest| guest.set_iommu_failing(false));
+        stage.finish();
+    }
 }
 
 /// One step of taking a mapping down: addresses given, and what is left if it works.
