@@ -9,6 +9,7 @@
 
 use gnttab_abi::GrantStatus;
 
+use crate::bound::below_wide;
 use crate::door::{Fault, GuestMemory};
 use crate::shared::PageWords;
 use crate::sync::{AtomicU64, Ordering};
@@ -66,11 +67,16 @@ impl<'a, M: GuestMemory + ?Sized> Args<'a, M> {
     pub(crate) fn window(self, count: u32, size: usize) -> Option<Window<'a>> {
         let bytes = u64::from(count) * size as u64;
         let (pages, offset) = self.memory.pages(self.addr, bytes)?;
-        let end = offset.checked_add(usize::try_from(bytes).ok()?)?;
-        if !offset.is_multiple_of(8) || !end.is_multiple_of(8) {
+        let length = usize::try_from(bytes).ok()?;
+        if !offset.is_multiple_of(8) || !length.is_multiple_of(8) {
             return None;
         }
-        let words = PageWords::words(pages)?.get(offset / 8..end / 8)?;
+        // A guest chooses both how many words there are and the first: clamped one after the other, they stay
+        // within the pages also where the processor runs ahead of the checks, the embedder's among them.
+        let words = PageWords::words(pages)?;
+        let length = below_wide(length / 8, words.len() + 1)?;
+        let first = below_wide(offset / 8, words.len() - length + 1)?;
+        let words = words.get(first..)?.get(..length)?;
         Some(Window { words })
     }
 }
