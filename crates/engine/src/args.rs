@@ -111,14 +111,17 @@ pub(crate) struct Window<'a> {
 }
 
 impl<'a> Window<'a> {
-    /// The words of an argument. Their number is no guest's to choose: it is below that of the call.
+    /// The words of an argument; of the first, where the processor runs past the last one.
     #[inline(always)]
     fn at(self, index: u32, size: usize) -> Option<&'a [AtomicU64]> {
-        let index = index as usize;
+        fn nth<const N: usize>(words: &[AtomicU64], index: u32) -> Option<&[AtomicU64]> {
+            let all = words.as_chunks::<N>().0;
+            Some(all.get(below_wide(index as usize, all.len())?)?)
+        }
         match size {
-            24 => Some(self.words.as_chunks::<3>().0.get(index)?),
-            32 => Some(self.words.as_chunks::<4>().0.get(index)?),
-            40 => Some(self.words.as_chunks::<5>().0.get(index)?),
+            24 => nth::<3>(self.words, index),
+            32 => nth::<4>(self.words, index),
+            40 => nth::<5>(self.words, index),
             _ => None,
         }
     }
