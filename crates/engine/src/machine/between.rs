@@ -24,6 +24,11 @@ pub enum Verdict {
 
 /// Who stands in between.
 pub trait Watch: Send + Sync {
+    /// Whether copies and flushes are made from inside tables ([`Hypervisor::COPY_INSIDE`],
+    /// [`Hypervisor::flush_waits`]), whatever the hypervisor behind says: who watches waits for nothing then, and
+    /// makes no use of the engine.
+    const INSIDE: bool = false;
+
     /// Before a request that can fail: whether it goes through.
     fn before(&self, request: &Request) -> Verdict {
         let _ = request;
@@ -160,7 +165,7 @@ where
     type Domain = H::Domain;
     type TablePage = H::TablePage;
 
-    const COPY_INSIDE: bool = H::COPY_INSIDE;
+    const COPY_INSIDE: bool = H::COPY_INSIDE || W::INSIDE;
 
     fn resolve(&self, domain: &H::Domain, gfn: Gfn, access: Access) -> Result<Resolved, ResolveError> {
         let request = Request::Resolve {
@@ -255,7 +260,7 @@ where
     }
 
     fn flush_waits(&self, grantee: &H::Domain) -> bool {
-        self.hv.flush_waits(grantee)
+        !W::INSIDE && self.hv.flush_waits(grantee)
     }
 
     fn crash(&self, domain: &H::Domain, why: &'static str) {
