@@ -95,7 +95,8 @@ impl PageWords {
         }
     }
 
-    #[inline]
+    /// For the models.
+    #[cfg(test)]
     pub(crate) fn u16(&self, index: usize) -> &AtomicU16 {
         &self.words16[index]
     }
