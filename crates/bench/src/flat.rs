@@ -498,7 +498,7 @@ impl GuestMemory for Guest<'_> {
 
     #[inline(always)]
     fn peek(&self, addr: u64, into: &mut [u8]) -> bool {
-        PageWords::read_run(self.pages, self.offset(addr), into)
+        self.read(addr, into).is_ok()
     }
 
     #[inline(always)]

@@ -383,11 +383,14 @@ impl<H: Hypervisor> Visit<'_, H> {
         access: Access,
         transitive: bool,
     ) -> Result<Grip, GrantStatus> {
-        match self.acquire_once(granter, gref, user, access, transitive) {
-            Ok(grip) => Ok(grip),
-            Err(Refused::With(status)) => Err(status),
-            Err(Refused::Restart) => self.acquire_again(granter, gref, user, access, transitive),
+        let mut done = self.acquire_once(granter, gref, user, access, transitive);
+        if matches!(done, Err(Refused::Restart)) {
+            done = self.acquire_again(granter, gref, user, access, transitive);
         }
+        done.map_err(|refused| match refused {
+            Refused::With(status) => status,
+            Refused::Restart => GrantStatus::GENERAL_ERROR,
+        })
     }
 
     #[cold]
@@ -398,15 +401,11 @@ impl<H: Hypervisor> Visit<'_, H> {
         user: DomId,
         access: Access,
         transitive: bool,
-    ) -> Result<Grip, GrantStatus> {
-        for _ in 1..RESTARTS {
-            match self.acquire_once(granter, gref, user, access, transitive) {
-                Ok(grip) => return Ok(grip),
-                Err(Refused::With(status)) => return Err(status),
-                Err(Refused::Restart) => {}
-            }
-        }
-        Err(GrantStatus::GENERAL_ERROR)
+    ) -> Result<Grip, Refused> {
+        (1..RESTARTS)
+            .map(|_| self.acquire_once(granter, gref, user, access, transitive))
+            .find(|done| !matches!(done, Err(Refused::Restart)))
+            .unwrap_or(Err(Refused::Restart))
     }
 
     #[inline(always)]

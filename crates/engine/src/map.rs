@@ -31,6 +31,11 @@ pub(crate) fn access_of(flags: MapFlags) -> Access {
     }
 }
 
+/// The two kinds of mapping that drivers make. Map and unmap are code of their own for each, in which what the
+/// flags decide is decided.
+pub(crate) const WRITABLE: MapFlags = MapFlags::HOST_MAP;
+pub(crate) const READABLE: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
+
 /// Whether a host mapping takes the writable page type (spec 3.3 step 14c, 4.5).
 #[inline]
 pub(crate) fn takes_type(access: Access, grantee: DomainKind, granter: DomainKind, itself: bool) -> bool {
@@ -88,9 +93,6 @@ impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     pub(crate) fn map_item(&mut self, caller: &Caller<'_, H>, item: &MapGrantRef, now: u64) -> MapGrantRef {
         self.begin_item();
-        // The two that drivers ask for are code of their own, in which what the flags decide is decided.
-        const WRITABLE: MapFlags = MapFlags::HOST_MAP;
-        const READABLE: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
         let done = if item.flags == WRITABLE {
             self.map_one(caller, item, WRITABLE, now, false)
         } else if item.flags == READABLE {
@@ -205,12 +207,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             // What was just made is there, unless the caller's own processors tore it down.
             let _ = hv.unmap_host(caller.private(), &unmapping);
             // As between the phases of an unmap: the pins keep the granter and its entry meanwhile.
-            if hv.flush_waits(caller.private()) {
-                self.leave();
-            }
-            if !caller.kind().is_external() {
-                hv.flush(caller.private());
-            }
+            self.flush(caller);
         }
         let inside = self.enter(undo.granter);
         if let Some(granter) = inside

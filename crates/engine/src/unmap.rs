@@ -15,7 +15,7 @@ use crate::domain::{Domain, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{Access, Hook, HostUnmapping, Hypervisor};
 use crate::iommu;
-use crate::map::{access_of, takes_type, unpin};
+use crate::map::{READABLE, WRITABLE, access_of, takes_type, unpin};
 use crate::maptrack::Live;
 use crate::registry::Visit;
 
@@ -104,25 +104,29 @@ impl<const N: usize> Group<N> {
 impl<H: Hypervisor> Processor<'_, H> {
     /// Unmaps grants in groups of [`UNMAP_GROUP`]. Every item's `status` is written.
     pub fn unmap(&mut self, vcpu: &Vcpu<H>, items: &mut [UnmapGrantRef]) {
-        let (mut visit, caller) = (self.visit(), vcpu.caller());
-        for items in items.chunks_mut(UNMAP_GROUP) {
-            visit.leave();
-            let mut group: Group<UNMAP_GROUP> = Group::new();
-            for item in items {
-                item.status = visit.unmap_first(&caller, Op::UnmapGrantRef, (&*item).into(), &mut group);
-            }
-            visit.unmap_second(&caller, &group);
-        }
+        self.unmap_all(vcpu, Op::UnmapGrantRef, items, |item| &mut item.status);
     }
 
     /// Unmaps grants and puts the page-table entries of `new_addr` in their place.
     pub fn unmap_and_replace(&mut self, vcpu: &Vcpu<H>, items: &mut [UnmapAndReplace]) {
+        self.unmap_all(vcpu, Op::UnmapAndReplace, items, |item| &mut item.status);
+    }
+
+    fn unmap_all<T>(
+        &mut self,
+        vcpu: &Vcpu<H>,
+        op: Op,
+        items: &mut [T],
+        status: impl Fn(&mut T) -> &mut GrantStatus,
+    ) where
+        for<'i> Request: From<&'i T>,
+    {
         let (mut visit, caller) = (self.visit(), vcpu.caller());
         for items in items.chunks_mut(UNMAP_GROUP) {
             visit.leave();
             let mut group: Group<UNMAP_GROUP> = Group::new();
             for item in items {
-                item.status = visit.unmap_first(&caller, Op::UnmapAndReplace, (&*item).into(), &mut group);
+                *status(item) = visit.unmap_first(&caller, op, (&*item).into(), &mut group);
             }
             visit.unmap_second(&caller, &group);
         }
@@ -164,9 +168,6 @@ impl<H: Hypervisor> Visit<'_, H> {
         let Some(live) = caller.handles.find(request.handle) else {
             return GrantStatus::BAD_HANDLE;
         };
-        // As for map.
-        const WRITABLE: MapFlags = MapFlags::HOST_MAP;
-        const READABLE: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
         if live.record.flags == WRITABLE {
             self.unmap_live(caller, request, live, WRITABLE, group)
         } else if live.record.flags == READABLE {
@@ -294,22 +295,14 @@ impl<H: Hypervisor> Visit<'_, H> {
     /// The flush, then phase 2 for a group (spec 3.4.1, 3.4.3).
     #[inline(always)]
     pub(crate) fn unmap_second<const N: usize>(&mut self, caller: &Caller<'_, H>, group: &Group<N>) {
-        let (hv, domain) = (&self.engine.hv, caller.domain);
+        let domain = caller.domain;
         if group.length == 0 {
             return;
         }
-        // A flush that waits for other processors may take long: whoever wants a table alone need not.
-        if hv.flush_waits(domain.private()) {
-            self.leave();
-        }
-        if !domain.kind().is_external() {
-            hv.flush(domain.private());
-        }
-        hv.hook(Hook::UnmapFlushed);
+        self.flush(domain);
+        self.engine.hv.hook(Hook::UnmapFlushed);
         for removed in group.iter() {
             self.begin_item();
-            const WRITABLE: MapFlags = MapFlags::HOST_MAP;
-            const READABLE: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
             if removed.flags == WRITABLE {
                 self.give_back(domain, removed, WRITABLE, WRITABLE);
             } else if removed.flags == READABLE {
@@ -317,6 +310,20 @@ impl<H: Hypervisor> Visit<'_, H> {
             } else {
                 self.give_any_back(domain, *removed, removed.flags);
             }
+        }
+    }
+
+    /// Flushes what may be left of mappings that were taken from a grantee; `unmap_host` has flushed an external
+    /// one.
+    #[inline(always)]
+    pub(crate) fn flush(&mut self, grantee: &Domain<H>) {
+        let hv = &self.engine.hv;
+        // A flush that waits for other processors may take long: whoever wants a table alone need not.
+        if hv.flush_waits(grantee.private()) {
+            self.leave();
+        }
+        if !grantee.kind().is_external() {
+            hv.flush(grantee.private());
         }
     }
 
