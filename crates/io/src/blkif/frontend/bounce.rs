@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use gnttab_abi::{GrantRef, PAGE_SIZE};
 
-use super::pool::{Pool, PoolPage};
+use super::pool::{For, Pool, PoolPage};
 use crate::blkif::layout::{
     MAX_DIRECT_SEGMENTS, MAX_INDIRECT_SEGMENTS, SECTOR_SIZE, SECTORS_PER_PAGE, SEGMENT_SIZE,
     SEGMENTS_PER_INDIRECT_PAGE,
@@ -37,17 +37,17 @@ pub(super) fn segments_in_place(wanted: usize, max_indirect: u16, available: usi
 
 /// Ends a page's grant unless it may persist, and puts it back. For pages that no request used.
 pub(super) fn put_back<G: Granter>(
-    pool: &mut Pool<G::Pages>,
+    (pool, what): (&mut Pool<G::Pages>, For),
     granter: &mut G,
     persistent: bool,
     mut page: PoolPage<G::Pages>,
 ) {
     match page.gref {
         Some(gref) if !persistent && !granter.end(gref) => pool.retire(granter, page),
-        Some(_) if persistent => pool.put(page),
+        Some(_) if persistent => pool.put(page, what),
         _ => {
             page.gref = None;
-            pool.put(page);
+            pool.put(page, what);
         }
     }
 }
@@ -110,10 +110,13 @@ impl<G: Granter> Bounce<'_, G> {
                 u8::try_from(bytes / SECTOR_SIZE).unwrap_or(SECTORS_PER_PAGE),
             )
         };
-        let segments: Vec<Segment> = match pages.iter().map(segment).collect() {
-            Ok(segments) => segments,
-            Err(bad) => return Ok(Err(bad)),
-        };
+        let mut segments = Vec::with_capacity(pages.len());
+        for page in pages {
+            match segment(page) {
+                Ok(segment) => segments.push(segment),
+                Err(bad) => return Ok(Err(bad)),
+            }
+        }
         if segments.len() <= MAX_DIRECT_SEGMENTS {
             return Ok(Direct::new(direction.transfer(), sector, &segments).map(Request::Direct));
         }

@@ -5,6 +5,7 @@ use alloc::vec::Vec;
 use gnttab_abi::PAGE_SIZE;
 
 use super::bounce::{Bounce, put_back, segments_in_place, segments_that_fit};
+use super::pool::For;
 use super::types::{Completion, Data, DeviceBroken, Io, IoError};
 use super::{FrontendQueue, Pending, Sent, Unsent};
 use crate::blkif::layout::{RawResponse, SECTOR_SIZE, Slot};
@@ -119,7 +120,8 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
                     Err(error) => {
                         let stuck = link.free_ids.len() == link.shadows.len();
                         for page in pages {
-                            put_back(&mut self.pool, &mut self.granter, properties.persistent, page);
+                            let pool = (&mut self.pool, For::Request);
+                            put_back(pool, &mut self.granter, properties.persistent, page);
                         }
                         return Err(if stuck { Stop::Grant(error) } else { Stop::Full });
                     }
@@ -240,7 +242,7 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
             }
         }
         for page in pages {
-            self.pool.put(page);
+            self.pool.put(page, For::Request);
         }
         self.settle(sent.io, sent.units, result);
         Ok(())

@@ -1,7 +1,7 @@
 //! Pages of the pool that are lent, by the number of the lease.
 //!
 //! # Rules
-//! 1. At most half of the pool is lent: whoever keeps a lease for long cannot stop operations on memory of the
+//! 1. At most three quarters of the pool are lent: whoever keeps a lease for long cannot stop operations on memory of the
 //!    caller's own.
 //! 2. A page that an earlier peer did not let go of goes to no other peer: its lease is stale, which means that it
 //!    is used for nothing but to be given back.
@@ -38,7 +38,7 @@ impl<P> Leases<P> {
             next: 0,
             lent: BTreeMap::new(),
             pages: 0,
-            limit: pool / 2,
+            limit: pool / 4 * 3,
         }
     }
 

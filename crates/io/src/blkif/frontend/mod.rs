@@ -25,7 +25,7 @@ use gnttab_abi::{GrantRef, PAGE_SIZE};
 
 use self::bounce::put_back;
 use self::lease::{Leases, Lent};
-use self::pool::{Pool, PoolPage};
+use self::pool::{For, Pool, PoolPage};
 pub use self::types::{
     Awaited, Completion, Data, DeviceBroken, DeviceProperties, FrontendConfig, FrontendStats, Io, IoError,
     Lease, OpenError, RejectReason, Rejected,
@@ -208,7 +208,7 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
         self.unlease();
         self.leases.end_grants(&mut self.granter);
         for page in link.shadows.into_iter().flat_map(|shadow| shadow.pages) {
-            self.pool.put(page);
+            self.pool.put(page, For::Request);
         }
         self.pool.empty(&mut self.granter);
         self.retire_ring(link.ring, link.grefs);
@@ -304,10 +304,10 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
         }
         let mut pages = Vec::with_capacity(count);
         while pages.len() < count {
-            match self.pool.take(&mut self.granter) {
+            match self.pool.take(&mut self.granter, For::Lease) {
                 Ok(page) => pages.push(page),
                 Err(_) => {
-                    pages.into_iter().for_each(|page| self.pool.put(page));
+                    pages.into_iter().for_each(|page| self.pool.put(page, For::Lease));
                     return None;
                 }
             }
@@ -324,8 +324,9 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
 
     fn take_back(&mut self, lent: Lent<G::Pages>) {
         let persistent = !lent.stale && self.properties.is_some_and(|properties| properties.persistent);
-        for page in lent.pages {
-            put_back(&mut self.pool, &mut self.granter, persistent, page);
+        // The last first, so that they are lent in the same order again: neighbours stay together.
+        for page in lent.pages.into_iter().rev() {
+            put_back((&mut self.pool, For::Lease), &mut self.granter, persistent, page);
         }
     }
 
@@ -350,7 +351,9 @@ impl<G: Granter, N: Notify> FrontendQueue<G, N> {
             }
         }
         for lent in ended {
-            lent.pages.into_iter().for_each(|page| self.pool.put(page));
+            lent.pages
+                .into_iter()
+                .for_each(|page| self.pool.put(page, For::Lease));
         }
     }
 
@@ -530,7 +533,7 @@ impl<G: Granter, N> Drop for FrontendQueue<G, N> {
     fn drop(&mut self) {
         if let Some(link) = self.link.take() {
             for page in link.shadows.into_iter().flat_map(|shadow| shadow.pages) {
-                self.pool.put(page);
+                self.pool.put(page, For::Request);
             }
             let still = link
                 .grefs
@@ -540,7 +543,9 @@ impl<G: Granter, N> Drop for FrontendQueue<G, N> {
             self.granter.retire(link.ring.into_pages(), still);
         }
         for lent in self.leases.take_all() {
-            lent.pages.into_iter().for_each(|page| self.pool.put(page));
+            lent.pages
+                .into_iter()
+                .for_each(|page| self.pool.put(page, For::Lease));
         }
         self.pool.empty(&mut self.granter);
     }

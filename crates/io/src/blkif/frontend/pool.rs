@@ -34,8 +34,17 @@ impl<P> PoolPage<P> {
     }
 }
 
+/// What a page is taken for. Those for one thing are used for it again, which keeps the pages of a lease together: where
+/// they are neighbours the kernel has one piece of memory to go through and not many.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum For {
+    Lease,
+    Request,
+}
+
 pub(super) struct Pool<P> {
-    free: VecDeque<PoolPage<P>>,
+    lease: VecDeque<PoolPage<P>>,
+    request: VecDeque<PoolPage<P>>,
     /// Pages that exist, in the pool or with requests.
     pages: usize,
     limit: usize,
@@ -44,7 +53,8 @@ pub(super) struct Pool<P> {
 impl<P> Pool<P> {
     pub(super) fn new(limit: usize) -> Self {
         Pool {
-            free: VecDeque::new(),
+            lease: VecDeque::new(),
+            request: VecDeque::new(),
             pages: 0,
             limit,
         }
@@ -52,7 +62,7 @@ impl<P> Pool<P> {
 
     /// Pages that can be taken now, if the granter has them.
     pub(super) fn available(&self) -> usize {
-        self.free.len() + (self.limit - self.pages)
+        self.lease.len() + self.request.len() + (self.limit - self.pages)
     }
 
     /// Pages that exist.
@@ -66,35 +76,48 @@ impl<P> Pool<P> {
         granter: &mut G,
         access: Access,
     ) -> Result<(PoolPage<P>, GrantRef), GrantError> {
-        let mut taken = self.take(granter)?;
+        let mut taken = self.take(granter, For::Request)?;
         match taken.grant(granter, access) {
             Ok(gref) => Ok((taken, gref)),
             Err(error) => {
-                self.put(taken);
+                self.put(taken, For::Request);
                 Err(error)
             }
         }
     }
 
     /// Takes a page, granted or not.
-    pub(super) fn take<G: Granter<Pages = P>>(&mut self, granter: &mut G) -> Result<PoolPage<P>, GrantError> {
-        match self.free.pop_front() {
-            Some(page) => Ok(page),
-            None if self.pages < self.limit => {
-                let page = granter.alloc(1)?;
-                self.pages += 1;
-                Ok(PoolPage { page, gref: None })
-            }
-            None => Err(GrantError::NoPages),
+    pub(super) fn take<G: Granter<Pages = P>>(
+        &mut self,
+        granter: &mut G,
+        what: For,
+    ) -> Result<PoolPage<P>, GrantError> {
+        let (own, other) = match what {
+            For::Lease => (&mut self.lease, &mut self.request),
+            For::Request => (&mut self.request, &mut self.lease),
+        };
+        if let Some(page) = own.pop_front() {
+            return Ok(page);
         }
+        if self.pages < self.limit
+            && let Ok(page) = granter.alloc(1)
+        {
+            self.pages += 1;
+            return Ok(PoolPage { page, gref: None });
+        }
+        other.pop_front().ok_or(GrantError::NoPages)
     }
 
     /// Puts a page back: at the head if the peer still maps it, so that it is used first, else at the tail.
-    pub(super) fn put(&mut self, page: PoolPage<P>) {
+    pub(super) fn put(&mut self, page: PoolPage<P>, what: For) {
+        let free = match what {
+            For::Lease => &mut self.lease,
+            For::Request => &mut self.request,
+        };
         if page.gref.is_some() {
-            self.free.push_front(page);
+            free.push_front(page);
         } else {
-            self.free.push_back(page);
+            free.push_back(page);
         }
     }
 
@@ -107,7 +130,7 @@ impl<P> Pool<P> {
     /// Ends every grant and gives all free pages back: the connection is over, and the next peer must see
     /// nothing of it (GST-6).
     pub(super) fn empty<G: Granter<Pages = P>>(&mut self, granter: &mut G) {
-        for page in core::mem::take(&mut self.free) {
+        for page in self.lease.drain(..).chain(self.request.drain(..)) {
             let still = match page.gref {
                 Some(gref) if !granter.end(gref) => Vec::from([gref]),
                 _ => Vec::new(),

@@ -18,18 +18,19 @@ pub struct FrontendConfig {
     pub handle: u16,
     /// Most segments of an indirect request; the backend's own limit counts too. 11 or less: none are sent.
     pub max_indirect: u16,
-    /// Most pages that data is bounced through; half of them may be leased.
+    /// Most pages that data is bounced through; three quarters of them may be leased.
     pub max_pages: usize,
 }
 
 impl FrontendConfig {
-    /// Linux's limits: up to 32 segments a request, and pages for a full ring of one page of those.
+    /// Up to 64 segments a request, twice as many as Linux: what NBD clients copy with, 256 KiB, goes in one. Pages as
+    /// Linux has them, for a full ring of one page of requests of 32 segments.
     #[must_use]
     pub const fn new(abi: Abi) -> FrontendConfig {
         FrontendConfig {
             abi,
             handle: 0,
-            max_indirect: 32,
+            max_indirect: 64,
             max_pages: 32 * 33,
         }
     }
