@@ -188,22 +188,24 @@ impl<G: Grantee> Server<G> {
 
     fn read(&mut self, sector: u64, disk: &impl Disk) -> Result<(), Failure> {
         self.acquire(Access::ReadWrite)?;
-        let into: Option<Vec<SharedSliceMut<'_>>> = self
-            .data()
-            .map(|data| data.map(|(page, at, len)| page.slice_mut(at, len)))
-            .collect();
-        disk.read(sector, &into.ok_or(LOST)?)?;
+        let mut into: Vec<SharedSliceMut<'_>> = Vec::with_capacity(self.segments.len());
+        for data in self.data() {
+            let (page, at, len) = data.ok_or(LOST)?;
+            into.push(page.slice_mut(at, len));
+        }
+        disk.read(sector, &into)?;
         self.copy_data(CopyDirection::ToPeer)
     }
 
     fn write(&mut self, sector: u64, disk: &impl Disk) -> Result<(), Failure> {
         self.acquire(Access::ReadOnly)?;
         self.copy_data(CopyDirection::FromPeer)?;
-        let from: Option<Vec<SharedSlice<'_>>> = self
-            .data()
-            .map(|data| data.map(|(page, at, len)| page.slice(at, len)))
-            .collect();
-        Ok(disk.write(sector, &from.ok_or(LOST)?)?)
+        let mut from: Vec<SharedSlice<'_>> = Vec::with_capacity(self.segments.len());
+        for data in self.data() {
+            let (page, at, len) = data.ok_or(LOST)?;
+            from.push(page.slice(at, len));
+        }
+        Ok(disk.write(sector, &from)?)
     }
 
     fn discard(&mut self, discard: Discard, disk: &impl Disk) -> Result<(), Failure> {
