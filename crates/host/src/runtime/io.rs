@@ -1,6 +1,5 @@
 //! What the ring drivers of `gnttab-io` ask for: pages to grant to one peer, and one peer's pages.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use gnttab_abi::{Copy, CopyFlags, CopyPtr, DomId, GrantRef, GrantStatus, PAGE_SIZE};
@@ -13,13 +12,18 @@ use crate::sys::{self, WindowPages};
 
 /// Ends of access tried again before pages are taken.
 const RETRIES: usize = 64;
+/// Pages taken at a time, if there are so many in a row.
+const NEIGHBOURS: u32 = 32;
 
 /// Pages of this domain, granted to one peer: what a frontend's queue owns.
 #[derive(Debug)]
 pub struct Front {
     table: GrantTable<Domain>,
     peer: DomId,
-    live: HashMap<GrantRef, Grant<Domain>>,
+    /// Pages that nobody has asked for yet, the next one last.
+    spare: Vec<Run>,
+    /// By reference: they are small numbers, and each is looked up for each request that it serves.
+    live: Vec<Option<Grant<Domain>>>,
 }
 
 impl Front {
@@ -29,7 +33,8 @@ impl Front {
         Front {
             table,
             peer,
-            live: HashMap::new(),
+            spare: Vec::new(),
+            live: Vec::new(),
         }
     }
 }
@@ -38,9 +43,20 @@ impl grants::Granter for Front {
     type Pages = Run;
 
     fn alloc(&mut self, pages: usize) -> Result<Run, GrantError> {
+        if let (1, Some(page)) = (pages, self.spare.pop()) {
+            return Ok(page);
+        }
         // What a peer has let go of since it was retired comes back when pages are wanted.
         self.table.retry_pending(RETRIES);
         let pages = u32::try_from(pages).map_err(|_| GrantError::NoPages)?;
+        // One by one they would be neighbours of another queue's; and each would be a call to the monitor.
+        if pages == 1
+            && let Ok(mut neighbours) = self.table.platform().grantable_singly(NEIGHBOURS)
+        {
+            neighbours.reverse();
+            self.spare = neighbours;
+            return self.spare.pop().ok_or(GrantError::NoPages);
+        }
         self.table
             .platform()
             .grantable(pages)
@@ -57,34 +73,39 @@ impl grants::Granter for Front {
         // The other reasons do not come up: the page has a small number, the reference is this table's.
         let grant = granted.map_err(|_| GrantError::NoReferences)?;
         let gref = grant.gref();
-        self.live.insert(gref, grant);
+        let place = place(gref);
+        if self.live.len() <= place {
+            self.live.resize_with(place + 1, || None);
+        }
+        self.live[place] = Some(grant);
         Ok(gref)
     }
 
     fn end(&mut self, gref: GrantRef) -> bool {
         // Where grants persist this is the usual answer, for every page of every request.
-        if self.live.get(&gref).is_some_and(Grant::is_used) {
-            return false;
-        }
-        let Some(grant) = self.live.remove(&gref) else {
+        let Some(live) = self.live.get_mut(place(gref)) else {
             return true;
         };
-        match grant.try_end() {
-            Ok(_) => true,
-            Err(grant) => {
-                self.live.insert(gref, grant);
-                false
-            }
+        if live.as_ref().is_some_and(Grant::is_used) {
+            return false;
         }
+        if let Some(Err(grant)) = live.take().map(Grant::try_end) {
+            *live = Some(grant);
+        }
+        live.is_none()
     }
 
     /// What could not be ended goes to the table's queue, which keeps the pages until it can.
     fn retire(&mut self, pages: Run, still_granted: Vec<GrantRef>) {
         for gref in still_granted {
-            drop(self.live.remove(&gref));
+            drop(self.live.get_mut(place(gref)).and_then(Option::take));
         }
         drop(pages);
     }
+}
+
+fn place(gref: GrantRef) -> usize {
+    usize::try_from(gref.0).unwrap_or(usize::MAX)
 }
 
 /// One peer's pages, mapped or copied: what a backend's queue owns.

@@ -122,6 +122,36 @@ impl Domain {
         Ok(run)
     }
 
+    /// Takes `count` pages in a row (at least one) that peers can be let map, each a run of its own.
+    ///
+    /// # Errors
+    /// [`NoPages`].
+    pub fn grantable_singly(self: &Arc<Self>, count: u32) -> Result<Vec<Run>, NoPages> {
+        let run = self.grantable(count)?;
+        let pages = run.0.pages.clone();
+        let singles = pages.map(|page| {
+            let shared = self.memory.shared_pages(usize_of(page), 1, Access::Write)?;
+            Some((page, shared))
+        });
+        let singles: Option<Vec<(u32, WindowPages)>> = singles.collect();
+        // Nobody else has the run: its pages are those of the new ones from here on.
+        let (Some(singles), Some(mut inner)) = (singles, Arc::into_inner(run.0)) else {
+            return Err(NoPages::Memory {
+                wanted: count,
+                total: lock(&self.ram).pages(),
+            });
+        };
+        inner.pages = 0..0;
+        let single = |(page, shared)| {
+            Run(Arc::new(Inner {
+                domain: Arc::clone(self),
+                pages: page..page + 1,
+                shared,
+            }))
+        };
+        Ok(singles.into_iter().map(single).collect())
+    }
+
     /// Takes `count` pages in a row (at least one) for the domain itself, and for copies.
     ///
     /// # Errors

@@ -132,8 +132,29 @@ fn wait(port: &Port) -> Result<bool, Box<dyn Error>> {
     Ok(port.take().is_ok())
 }
 
+/// Pages taken together, each for itself: neighbours, each of which goes back by itself.
+fn pages_for_themselves(domain: &Arc<Domain>) -> Outcome {
+    let mut singles = domain.grantable_singly(3)?;
+    let gfns: Vec<u64> = singles.iter().map(|run| run.gfn().0).collect();
+    let [first, second, _] = gfns[..] else {
+        return Err("not three".into());
+    };
+    if gfns != [first, first + 1, first + 2] || singles.iter().any(|run| run.pages() != 1) {
+        return Err(format!("no neighbours: {gfns:?}").into());
+    }
+    drop(singles.remove(1));
+    let again = domain.grantable(1)?.gfn().0;
+    drop(singles);
+    let all = domain.grantable(3)?.gfn().0;
+    if (again, all) != (second, first) {
+        return Err(format!("{gfns:?} went back, but then came {again} and {all}").into());
+    }
+    Ok(())
+}
+
 fn granter(start: Start) -> Outcome {
     let mut joined = join(start)?;
+    pages_for_themselves(&joined.domain)?;
     let table = GrantTable::start(Arc::clone(&joined.domain), Config::default())?;
     let page = joined.domain.grantable(1)?.page(0).ok_or("no page")?;
     let grant = table.grant_zeroed(table.alloc_one()?, joined.peer, page, Access::ReadWrite)?;
