@@ -10,6 +10,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use gnttab_abi::PAGE_SIZE;
 use gnttab_host::spin::Spin;
 use gnttab_io::blkif::{self, Awaited, FrontendQueue, Io, IoError};
 use gnttab_io::grants::{Granter, Notify};
@@ -220,7 +221,9 @@ impl<G: Granter, N: Notify> Pages for MutexGuard<'_, FrontendQueue<G, N>> {
     }
 
     fn parts(&self, lease: &Lease, from: usize) -> Vec<SharedSliceMut<'_>> {
-        self.leased(lease, from).collect()
+        let mut parts = Vec::with_capacity(lease.len().saturating_sub(from).div_ceil(PAGE_SIZE) + 1);
+        parts.extend(self.leased(lease, from));
+        parts
     }
 }
 

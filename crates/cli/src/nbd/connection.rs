@@ -144,7 +144,10 @@ impl Connection {
             Phase::Draining => return None,
             Phase::Payload { request, filled, .. } if straight => match &mut request.data {
                 Data::Own(data) => data.get_mut(*filled..)?,
-                Data::Leased(lease) => return Some(Room::Leased(lease, *filled)),
+                Data::Leased(lease) => {
+                    let next = self.input.free_up_to(wire::REQUEST_SIZE);
+                    return Some(Room::Leased(lease, *filled, next));
+                }
             },
             Phase::Request if self.after_large => self.input.free_up_to(wire::REQUEST_SIZE),
             _ => self.input.free_up_to(Input::SIZE),
@@ -156,7 +159,11 @@ impl Connection {
     pub(super) fn received(&mut self, count: usize) {
         let straight = self.is_straight();
         match &mut self.phase {
-            Phase::Payload { filled, .. } if straight => *filled += count,
+            Phase::Payload { request, filled, .. } if straight => {
+                let here = count.min(request.data.len() - *filled);
+                *filled += here;
+                self.input.filled(count - here);
+            }
             _ => self.input.filled(count),
         }
     }
@@ -166,7 +173,9 @@ impl Connection {
     pub(super) fn is_straight(&self) -> bool {
         match &self.phase {
             Phase::Payload { request, filled, .. } => {
-                self.input.is_empty() && request.data.len().saturating_sub(*filled) >= Limits::STRAIGHT
+                let left = request.data.len().saturating_sub(*filled);
+                let much = left >= Limits::STRAIGHT || request.data.len() >= Limits::LARGE;
+                self.input.is_empty() && left > 0 && much
             }
             _ => false,
         }
@@ -580,8 +589,8 @@ impl Connection {
 pub(super) enum Room<'a> {
     /// Here.
     Bytes(&'a mut [u8]),
-    /// To the pages of a lease, from this byte on.
-    Leased(&'a Lease, usize),
+    /// To the pages of a lease, from this byte on; what comes after them, which is the next request's head, here.
+    Leased(&'a Lease, usize, &'a mut [u8]),
 }
 
 /// What one step over the input came to.

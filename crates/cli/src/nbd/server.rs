@@ -350,6 +350,8 @@ struct Client {
     since: Instant,
     /// It has asked for something.
     has_asked: bool,
+    /// All that had come was read: to try again is in vain until it is ready.
+    is_dry: bool,
     /// Operation and length by tag, for the counters.
     requests: Box<[(Operation, u32)]>,
 }
@@ -420,6 +422,7 @@ impl<D: BlockDevice> Worker<D> {
                         connection: Connection::new(Arc::clone(&self.export)),
                         since: Instant::now(),
                         has_asked: false,
+                        is_dry: true,
                         requests: vec![(Operation::Flush, 0); Connection::MAX_IN_FLIGHT].into(),
                     });
                 }
@@ -627,7 +630,7 @@ impl Client {
         let mut pages = device.pages();
         loop {
             let request = self.connection.next_request(&mut pages);
-            if request.is_some() || !self.connection.is_straight() || !self.receive(&pages) {
+            if request.is_some() || self.is_dry || !self.connection.is_straight() || !self.receive(&pages) {
                 return request;
             }
         }
@@ -636,18 +639,22 @@ impl Client {
     /// Reads once what has arrived: a client that sends without end must not keep the others waiting. Whether anything
     /// came.
     fn receive(&mut self, pages: &impl Pages) -> bool {
-        let received = match self.connection.input() {
+        let (room, received) = match self.connection.input() {
             None => return false,
-            Some(Room::Bytes(bytes)) => self.stream.read(bytes),
-            Some(Room::Leased(lease, from)) => vectored::receive(&self.stream, &pages.parts(lease, from)),
+            Some(Room::Bytes(bytes)) => (bytes.len(), self.stream.read(bytes)),
+            Some(Room::Leased(lease, from, next)) => (
+                lease.len() - from + next.len(),
+                vectored::receive(&self.stream, &pages.parts(lease, from), next),
+            ),
         };
         match received {
             Ok(0) => self.connection.hang_up(),
             Ok(count) => {
                 self.connection.received(count);
+                self.is_dry = count < room;
                 return true;
             }
-            Err(error) if is_passing(&error) => {}
+            Err(error) if is_passing(&error) => self.is_dry = true,
             Err(_) => self.connection.hang_up(),
         }
         false

@@ -1,5 +1,10 @@
 //! The rules of the module head, against a disk in a vector.
 
+use std::sync::Mutex;
+
+use gnttab_abi::Abi;
+use gnttab_io::blkif::{FrontendConfig, FrontendQueue};
+use gnttab_io::fake::{Event, FakeDomain};
 use proptest::prelude::*;
 
 use super::*;
@@ -214,6 +219,49 @@ fn what_is_written_is_read_however_the_bytes_are_cut() {
         ];
         assert_eq!(session.requests, expected);
     }
+}
+
+/// What follows a payload in leased pages is read with it: all of the next request's head, or what of it has come.
+#[test]
+fn the_next_head_comes_along_with_a_payload() {
+    const LENGTH: u32 = 32 << 10;
+    for come in [0, 5, wire::REQUEST_SIZE] {
+        let domain = FakeDomain::new();
+        let queue: FrontendQueue<_, Event> =
+            FrontendQueue::new(domain.granter(), FrontendConfig::new(Abi::X86_64));
+        let queue = Mutex::new(queue);
+        let mut pages = queue.lock().unwrap();
+        let mut connection = Session::ready(false).connection;
+        let first = request(wire::CMD_WRITE, 0, 0, LENGTH, &[]);
+        let second = request(wire::CMD_WRITE, 0, u64::from(LENGTH), LENGTH, &[]);
+        let arrive = |connection: &mut Connection, bytes: &[u8]| {
+            let Some(Room::Bytes(room)) = connection.input() else {
+                panic!("no room for a head");
+            };
+            room[..bytes.len()].copy_from_slice(bytes);
+            connection.received(bytes.len());
+        };
+        arrive(&mut connection, &first);
+        assert!(connection.next_request(&mut pages).is_none());
+        let Some(Room::Leased(lease, 0, next)) = connection.input() else {
+            panic!("the payload has no pages");
+        };
+        assert_eq!((lease.len(), next.len()), (32 << 10, second.len()));
+        next[..come].copy_from_slice(&second[..come]);
+        connection.received(lease_len(LENGTH) + come);
+        let written = connection.next_request(&mut pages).expect("it is complete");
+        assert_eq!((written.offset, written.length), (0, LENGTH));
+        assert!(connection.next_request(&mut pages).is_none());
+        if come < second.len() {
+            arrive(&mut connection, &second[come..]);
+            assert!(connection.next_request(&mut pages).is_none());
+        }
+        assert!(matches!(connection.input(), Some(Room::Leased(_, 0, _))));
+    }
+}
+
+fn lease_len(length: u32) -> usize {
+    usize::try_from(length).unwrap()
 }
 
 #[test]
