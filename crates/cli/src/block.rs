@@ -139,8 +139,11 @@ pub(crate) trait BlockDevice: Send {
     fn completions(&mut self, into: &mut Vec<Completion>) -> bool;
 
     /// Before sleeping until the event: waits for a moment, if `awake` and if answers are likely in it. Whether
-    /// [`completions`](Self::completions) has something; only if not will the event tell.
-    fn linger(&mut self, awake: bool) -> bool;
+    /// [`completions`](Self::completions) has something; only if not will the event tell. A disk without an event has
+    /// nothing to wait for.
+    fn linger(&mut self, _awake: bool) -> bool {
+        false
+    }
 
     /// The event was readable: makes it unreadable until there is something new.
     fn hush(&mut self);

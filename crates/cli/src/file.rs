@@ -107,10 +107,6 @@ impl BlockDevice for FileDevice {
         any
     }
 
-    fn linger(&mut self, _: bool) -> bool {
-        false
-    }
-
     fn hush(&mut self) {}
 
     fn event(&self) -> Option<BorrowedFd<'_>> {

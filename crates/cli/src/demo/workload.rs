@@ -454,9 +454,6 @@ mod tests {
             }
             any
         }
-        fn linger(&mut self, _: bool) -> bool {
-            false
-        }
         fn hush(&mut self) {}
         fn event(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
             None

@@ -329,10 +329,6 @@ impl BlockDevice for Noisy {
         false
     }
 
-    fn linger(&mut self, _: bool) -> bool {
-        false
-    }
-
     fn hush(&mut self) {}
 
     fn event(&self) -> Option<BorrowedFd<'_>> {
