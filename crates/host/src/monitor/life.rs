@@ -281,11 +281,7 @@ impl Shared {
                 kind: NoticeKind::Vcpu,
                 key: number as u64,
             };
-            let sent = running
-                .domain
-                .private()
-                .channel
-                .send(&notice.encode(), &[area.memory()]);
+            let sent = running.domain.private().send(notice, &[area.memory()]);
             sent.map_err(|source| MonitorError::Channel {
                 name: running.name.clone(),
                 source,

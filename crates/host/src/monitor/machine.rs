@@ -1,7 +1,7 @@
 //! The hypervisor that embeds the engine: frames are pages of memfds, mappings are descriptors sent.
 
 use std::collections::{BTreeMap, HashMap};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Instant;
@@ -67,14 +67,8 @@ impl Guest {
     }
 
     /// Sends descriptors. A domain that does not take what is sent to it gets nothing more.
-    pub(crate) fn send(
-        &self,
-        notice: Notice,
-        descriptors: &[std::os::fd::BorrowedFd<'_>],
-    ) -> Result<(), Errno> {
-        self.channel
-            .send(&notice.encode(), descriptors)
-            .map_err(|_| Errno::Again)
+    pub(crate) fn send(&self, notice: Notice, descriptors: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
+        self.channel.send(&notice.encode(), descriptors)
     }
 
     /// It must not run on without what could not be sent to it: it is crashed.

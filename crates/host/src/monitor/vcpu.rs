@@ -1,5 +1,6 @@
 //! One vCPU: the thread that serves its calls.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use gnttab_abi::{
@@ -146,19 +147,13 @@ fn one(
             };
             guest
                 .memory
-                .renew(first, |page| guest.send(notice, &[page]))
+                .renew(first, |page| send(guest, notice, &[page]))
                 .map(u64::from)
         }
         protocol::CALL_PORT_NEW => {
             let peer = domain(first)?;
             let port = guest.ports.make(peer, |port, end| {
-                guest.send(
-                    Notice {
-                        kind: NoticeKind::Port,
-                        key: port.into(),
-                    },
-                    &end.descriptors(),
-                )
+                send(guest, port_notice(port), &end.descriptors())
             })?;
             Ok(port.into())
         }
@@ -169,13 +164,7 @@ fn one(
             let port = guest
                 .ports
                 .bind(guest.id, (peer.id(), peers), remote, |port, end| {
-                    guest.send(
-                        Notice {
-                            kind: NoticeKind::Port,
-                            key: port.into(),
-                        },
-                        &end.descriptors(),
-                    )
+                    send(guest, port_notice(port), &end.descriptors())
                 })?;
             Ok(port.into())
         }
@@ -200,6 +189,18 @@ fn one(
             Ok(0)
         }
         _ => Err(Errno::NoSys),
+    }
+}
+
+/// Sends descriptors as a part of a call. A domain that does not take them may try the call again.
+fn send(guest: &Guest, notice: Notice, descriptors: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+    guest.send(notice, descriptors).map_err(|_| Errno::Again)
+}
+
+fn port_notice(port: u32) -> Notice {
+    Notice {
+        kind: NoticeKind::Port,
+        key: port.into(),
     }
 }
 
@@ -280,7 +281,7 @@ fn share(guest: &Guest, first: u64, count: u64) -> Result<u64, Errno> {
             key: at,
         };
         if !borrowed.is_empty()
-            && let Err(error) = guest.channel.send(&notice.encode(), &borrowed)
+            && let Err(error) = guest.send(notice, &borrowed)
         {
             guest.refused(error, "did not take the pages that it had made shareable");
             return Err(Errno::Again);
