@@ -89,6 +89,11 @@ fn an_image_that_cannot_be_served_is_refused() {
     );
     refuses(&["disk", here], 1, &["is a directory", "mke2fs"]);
     refuses(
+        &["bench", "nosuchcase"],
+        2,
+        &["no case", "nosuchcase", "names are"],
+    );
+    refuses(
         &["disk", &path(&folder, "empty", b"")],
         1,
         &["is empty", "truncate -s"],

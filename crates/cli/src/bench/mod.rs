@@ -33,13 +33,15 @@ fn engine(asked: &Bench) -> Result<(), Failure> {
         Options::default()
     };
     options.filter.clone_from(&asked.filter);
-    if !asked.wants_json() {
-        output::line(&Figure::heading());
-    }
+    let mut headed = false;
     let report = run(&options, &mut |figure| {
-        if !asked.wants_json() {
-            output::line(&figure.line());
+        if asked.wants_json() {
+            return;
         }
+        if !std::mem::replace(&mut headed, true) {
+            output::line(&Figure::heading());
+        }
+        output::line(&figure.line());
     });
     for skipped in &report.skipped {
         output::say(&format!("left out: {skipped}"));
