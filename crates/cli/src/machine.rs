@@ -311,7 +311,7 @@ pub(crate) fn read<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, Wrong>)
         source,
     })?;
     parse(&text).map_err(|Wrong { span, why }| {
-        let path = path.to_owned();
+        let (path, why) = (path.to_owned(), short(&why, 400));
         match span {
             Some(span) => {
                 let (line, text) = line_at(&text, span.start);
@@ -439,7 +439,18 @@ fn line_at(text: &str, offset: usize) -> (usize, String) {
     let before = text.get(..offset).unwrap_or(text);
     let line = before.matches('\n').count() + 1;
     let content = text.lines().nth(line - 1).unwrap_or_default();
-    (line, content.trim().to_owned())
+    (line, short(content.trim(), 80))
+}
+
+/// A text of which only the ends are left if it has more characters than `most`.
+fn short(text: &str, most: usize) -> String {
+    let count = text.chars().count();
+    if count <= most {
+        return text.to_owned();
+    }
+    let start: String = text.chars().take(most / 2).collect();
+    let end: String = text.chars().skip(count - most / 2).collect();
+    format!("{start} ... {end}")
 }
 
 #[cfg(test)]
@@ -522,6 +533,32 @@ mod tests {
             assert!(wrong.why.contains(why), "{wrong:?} in\n{text}");
         }
         assert!(Machine::parse("").unwrap_err().why.contains("no [[domain]]"));
+    }
+
+    /// Whatever the file quotes at us, it is not repeated in full.
+    #[test]
+    fn what_is_wrong_is_said_in_few_words() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m");
+        let long = "é".repeat(100_000);
+        for text in [
+            format!("[[domain]]\nname = \"{long}\""),
+            format!("[[domain]]\nname = \"a\"\n\"{long}\" = 1"),
+            format!("[[domain]]\nname = \"a\"\nmemory = \"{long}\""),
+            format!("[[domain]]\nname = \"a\"\nvcpus = \"{long}\""),
+            format!("[[domain]]\nname = \"a\"\n{long}"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let said = Machine::load(&path).expect_err("it is wrong").to_string();
+            let said = said.replace(&path.display().to_string(), "m");
+            assert!(said.chars().count() < 600, "{said}");
+            assert!(
+                said.starts_with("machine file m, line ") && said.contains(" ... "),
+                "{said}"
+            );
+        }
+        assert_eq!(short("abcdefg", 7), "abcdefg");
+        assert_eq!(short("abcdefgh", 6), "abc ... fgh");
     }
 
     #[test]
