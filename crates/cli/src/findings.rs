@@ -31,6 +31,8 @@ pub(crate) enum Level {
 pub(crate) enum Kind {
     /// A page that its owner wants back is still used.
     Stuck,
+    /// A signal has stopped a domain's process.
+    Stopped,
     /// A table has no room.
     Full,
     /// A table will soon have no room.
@@ -50,6 +52,7 @@ impl Kind {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Kind::Stuck => "stuck",
+            Kind::Stopped => "stopped",
             Kind::Full => "full",
             Kind::NearlyFull => "nearly full",
             Kind::Refused => "refused",
@@ -104,6 +107,14 @@ fn of_domain(beat: &Beat, pulse: &Pulse) -> Vec<Finding> {
             (Level::Problem, Kind::Leaked),
             format!("has given up {} references and their pages for good", says.leaked),
             "its peers hold more than its queue of pending ends has room for: see what is stuck".into(),
+        ));
+    }
+    if let (true, Some(pid)) = (info.stopped, info.pid) {
+        all.push(Finding::new(
+            info,
+            (Level::Problem, Kind::Stopped),
+            format!("does nothing: a signal has stopped its process {pid}"),
+            format!("let it go on: kill -CONT {pid}"),
         ));
     }
     if info.state == State::Running && !info.isolated {
@@ -451,6 +462,14 @@ mod tests {
             kinds(consumers(7, 3), consumers(7, 4)),
             [(Level::Warning, Kind::Quota)]
         );
+    }
+
+    #[test]
+    fn who_is_stopped_is_named_with_what_lets_it_go_on() {
+        let pulse = two_looks(vec![], vec![domain(3, "app", json!({ "stopped": true }))]);
+        let findings = judge(&pulse);
+        assert_eq!((findings.len(), findings[0].kind), (1, Kind::Stopped));
+        assert_eq!(findings[0].next, "let it go on: kill -CONT 103");
     }
 
     #[test]

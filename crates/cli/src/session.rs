@@ -30,6 +30,8 @@ use crate::store::StoreClient;
 
 /// How long domains may take to let go of a disk.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How often domains that are to end are looked after.
+const LOOK: Duration = Duration::from_millis(100);
 /// A line of a domain's output may have so many bytes.
 const LINE: u64 = 64 << 10;
 /// A disk whose domains end more often than this in [`RESTART_TIME`] is given up.
@@ -523,8 +525,17 @@ impl Session {
     fn wait_until_ended(&mut self, index: usize, deadline: Instant) -> Result<Option<String>, Failure> {
         let running = &mut self.domains[index];
         if running.ended.is_none() {
-            let patience = deadline.saturating_duration_since(Instant::now());
-            running.ended = self.monitor.wait_for(running.id, patience).map_err(failed)?;
+            loop {
+                let left = deadline.saturating_duration_since(Instant::now());
+                running.ended = self
+                    .monitor
+                    .wait_for(running.id, left.min(LOOK))
+                    .map_err(failed)?;
+                if running.ended.is_some() || left.is_zero() {
+                    break;
+                }
+                self.monitor.let_go_on();
+            }
         }
         Ok(running.ended.is_none().then(|| running.plan.name.clone()))
     }

@@ -459,6 +459,18 @@ impl Monitor {
         }
     }
 
+    /// Lets every domain go on whose process a signal has stopped: nobody who is stopped can end in order, or let go of
+    /// what another who is to end has.
+    pub fn let_go_on(&self) {
+        for running in self.shared.state().running.values() {
+            if let Some(process) = &running.process
+                && process.is_stopped()
+            {
+                process.go_on();
+            }
+        }
+    }
+
     /// The store, to write what domains are to find there, as the control domain.
     #[must_use]
     pub fn store(&self) -> &ServerHandle {

@@ -173,7 +173,7 @@ fn columns(width: u16) -> Vec<Column> {
         left(column("NAME", Some(Sort::Name), name, |beat| {
             beat.info.name.clone()
         })),
-        left(column("S", None, 1, |beat| state(&beat.info)[..1].to_uppercase())),
+        left(column("S", None, 1, |beat| letter(&beat.info))),
         column("FRAMES", Some(Sort::Frames), 7, |beat| frames(&beat.info)),
         column("GRANT", Some(Sort::Granted), 5, |beat| {
             short(beat.info.granted.into())
@@ -508,13 +508,22 @@ fn help(frame: &mut Frame<'_>, area: Rect) {
     );
 }
 
-/// `running`, `starting`, `dying`.
+/// `running`, `stopped`, `starting`, `dying`.
 pub(super) fn state(info: &DomainInfo) -> &'static str {
     match info.state {
+        State::Running if info.stopped => "stopped",
         State::Starting => "starting",
         State::Running => "running",
         State::Dying => "dying",
     }
+}
+
+/// The state's first letter; `T` for one that is stopped, as `ps` has it.
+fn letter(info: &DomainInfo) -> String {
+    if info.stopped {
+        return "T".to_owned();
+    }
+    state(info)[..1].to_uppercase()
 }
 
 /// Frames used of allowed.

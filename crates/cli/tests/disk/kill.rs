@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::client::{Client, pattern};
+use super::schema;
 use super::served::{Served, kill};
 
 const SIZE: u64 = 16 << 20;
@@ -180,4 +181,29 @@ fn killing_the_monitor_loses_nothing_and_ends_every_domain() {
         }
         assert!(!std::path::Path::new(&process).exists(), "{name} is left");
     }
+}
+
+/// Who is stopped is said to be, and a machine all of whose domains are stopped still ends in order.
+#[test]
+fn domains_that_a_signal_has_stopped_are_named_and_end_in_order() {
+    let served = Served::patterned(&[], 1 << 20);
+    for domain in ["backend", "frontend"] {
+        kill(served.pid(domain), "STOP");
+    }
+    let doctor = std::process::Command::new(env!("CARGO_BIN_EXE_gnttab"))
+        .env("XDG_RUNTIME_DIR", served.folder.path())
+        .args(["doctor", "--json", "--interval", "0.1"])
+        .output()
+        .unwrap();
+    let report = schema::line(String::from_utf8(doctor.stdout).unwrap().trim());
+    let stopped: Vec<&str> = report["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|finding| finding["kind"] == "stopped")
+        .filter_map(|finding| finding["name"].as_str())
+        .collect();
+    assert_eq!(stopped, ["backend", "frontend"], "{report}");
+    let (status, said) = served.stop();
+    assert!(status.success(), "{said}");
 }

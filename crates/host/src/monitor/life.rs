@@ -528,6 +528,22 @@ impl Process {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
+    /// Whether a signal has stopped it. It is not reaped, so the number is nobody else's.
+    pub(super) fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
+        // The name before the state may have anything in it.
+        stat.is_ok_and(|stat| {
+            stat.rsplit_once(") ")
+                .is_some_and(|(_, rest)| rest.starts_with('T'))
+        })
+    }
+
+    /// Lets it go on.
+    pub(super) fn go_on(&self) {
+        // It may be dead already.
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::CONT);
+    }
+
     /// Kills it, if it lives, and reaps it.
     fn end(mut self) -> Option<ExitStatus> {
         self.kill();

@@ -8,7 +8,7 @@ use gnttab_engine::{DomainView, EntryCounts, EntryView, EntryWords, Hypervisor, 
 use serde::{Deserialize, Serialize};
 
 use super::machine::Said;
-use super::{Monitor, MonitorError, Running, Shared};
+use super::{Monitor, MonitorError, Process, Running, Shared};
 use crate::confine::Isolation;
 
 /// In which part of its life a domain is.
@@ -34,6 +34,9 @@ pub struct DomainInfo {
     pub state: State,
     /// Its process, if the monitor started it.
     pub pid: Option<u32>,
+    /// A signal has stopped its process: it does nothing until another lets it go on.
+    #[serde(default)]
+    pub stopped: bool,
     /// How long it has been running, in milliseconds.
     pub age_ms: u64,
     /// Whether every wall that matters stands around it.
@@ -313,6 +316,9 @@ impl Shared {
                 None => State::Starting,
             },
             pid: running.and_then(|running| Some(running.process.as_ref()?.child.id())),
+            stopped: running
+                .and_then(|running| running.process.as_ref())
+                .is_some_and(Process::is_stopped),
             age_ms: running.map_or(0, age_ms),
             isolated: running
                 .is_some_and(|running| running.isolation.as_ref().is_some_and(Isolation::is_isolated)),
