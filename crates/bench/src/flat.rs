@@ -470,6 +470,14 @@ impl<'m> Guest<'m> {
         }
     }
 
+    /// What the guest itself does: moves four bytes, aligned, within its memory.
+    #[inline(always)]
+    pub(crate) fn move_word(&self, from: u64, to: u64) -> Result<(), Fault> {
+        let mut word = [0; 4];
+        self.read(from, &mut word)?;
+        self.write(to, &word)
+    }
+
     /// How far behind the first byte an address is; addresses before it are far behind.
     #[inline(always)]
     fn offset(&self, addr: u64) -> usize {

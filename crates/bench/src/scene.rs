@@ -239,6 +239,7 @@ pub(crate) struct Actor<'s, 'm> {
 
 impl Actor<'_, '_> {
     /// Where the argument in a slot lies.
+    #[inline(always)]
     fn at(&self, op: Op, slot: u32) -> u64 {
         let page = match op {
             Op::MapGrantRef => MAP_PAGE,
@@ -249,11 +250,16 @@ impl Actor<'_, '_> {
     }
 
     /// The hypercall: the arguments are those in slots `first` to `first + count - 1`.
-    #[inline(never)]
+    #[inline(always)]
     pub(crate) fn call(&mut self, op: Op, first: u32, count: u32) {
+        self.call_at(op, self.at(op, first), count);
+    }
+
+    #[inline(never)]
+    fn call_at(&mut self, op: Op, addr: u64, count: u32) {
         let call = Call {
             command: Command::new(op),
-            addr: self.at(op, first),
+            addr,
             count,
         };
         let outcome = self
@@ -330,11 +336,12 @@ impl Actor<'_, '_> {
     /// arguments of its unmap.
     #[inline]
     pub(crate) fn move_handles(&self, first: u32, count: u32) {
-        for slot in first..first + count {
-            let handle: [u8; 4] = self.get(Op::MapGrantRef, slot, 20);
-            self.guest
-                .write(self.at(Op::UnmapGrantRef, slot) + 16, &handle)
-                .expect("the actor's own page");
+        let mut from = self.at(Op::MapGrantRef, first) + 20;
+        let mut to = self.at(Op::UnmapGrantRef, first) + 16;
+        for _ in 0..count {
+            self.guest.move_word(from, to).expect("the actor's own page");
+            from += Op::MapGrantRef.arg_size(Abi::X86_64) as u64;
+            to += Op::UnmapGrantRef.arg_size(Abi::X86_64) as u64;
         }
     }
 
