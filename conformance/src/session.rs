@@ -88,14 +88,14 @@ pub(crate) struct Difference {
 }
 
 /// Both sides, started together: their tables have grown by the same steps.
-struct Pair {
+struct Pair<const INSIDE: bool> {
     xen: RealXen,
-    engine: EngineWorld,
+    engine: EngineWorld<INSIDE>,
     clean: bool,
 }
 
-impl Pair {
-    fn start(tools: &Tools, settings: Settings) -> Result<Pair, XenError> {
+impl<const INSIDE: bool> Pair<INSIDE> {
+    fn start(tools: &Tools, settings: Settings) -> Result<Self, XenError> {
         let mut xen = RealXen::start(tools, settings, "")?;
         let other = make_other(&mut xen)?;
         xen.introduce(&other)?;
@@ -214,7 +214,13 @@ pub(crate) fn compare(
 ) -> Result<Report, XenError> {
     let Some(tools) = tools else {
         let mut report = Report::new(seed);
-        engine_only(&mut Rng::with_seed(seed), settings, enough, &mut report);
+        engine_only::<true>(
+            &mut Rng::with_seed(seed),
+            settings,
+            enough.div_ceil(2),
+            &mut report,
+        );
+        engine_only::<false>(&mut Rng::with_seed(seed), settings, enough, &mut report);
         return Ok(report);
     };
     let machines = u64::from(machines.max(1));
@@ -223,7 +229,12 @@ pub(crate) fn compare(
         // The first has the programs that it would have alone.
         let mut seeds = Rng::with_seed(seed);
         let rng = (0..machine).fold(Rng::with_seed(seed), |_, _| seeds.fork());
-        compare_one(tools, settings, accepted, rng, Report::new(seed), share, most)
+        let report = Report::new(seed);
+        if machine.is_multiple_of(2) {
+            compare_one::<true>(tools, settings, accepted, rng, report, share, most)
+        } else {
+            compare_one::<false>(tools, settings, accepted, rng, report, share, most)
+        }
     };
     let reports: Result<Vec<Report>, XenError> = std::thread::scope(|scope| {
         let running: Vec<_> = (0..machines)
@@ -245,7 +256,8 @@ pub(crate) fn compare(
     Ok(whole)
 }
 
-fn compare_one(
+/// `INSIDE`: whether the engine moves bytes inside a table.
+fn compare_one<const INSIDE: bool>(
     tools: &Tools,
     settings: Settings,
     accepted: &Accepted,
@@ -254,7 +266,7 @@ fn compare_one(
     enough: u64,
     most: usize,
 ) -> Result<Report, XenError> {
-    let mut pair = Pair::start(tools, settings)?;
+    let mut pair: Pair<INSIDE> = Pair::start(tools, settings)?;
     report.xen = pair.xen.version;
     let mut waiting: VecDeque<Vec<Step>> = VecDeque::new();
     while report.operations < enough && report.unlisted() < most {
@@ -331,7 +343,7 @@ fn compare_one(
         if let Some(index) = differs {
             let number = report.scripts - 1;
             drop(pair);
-            let mut found = explain(tools, settings, &batch[..=index], &frames, number)?;
+            let mut found = explain::<INSIDE>(tools, settings, &batch[..=index], &frames, number)?;
             found.listed = accepted
                 .of_script(&found, reference_of(report.xen))
                 .map(|entry| entry.id.clone());
@@ -348,8 +360,8 @@ fn compare_one(
 }
 
 /// Without a real Xen: no panic, clean ends, books that balance.
-fn engine_only(rng: &mut Rng, settings: Settings, enough: u64, report: &mut Report) {
-    let mut engine = EngineWorld::new(settings);
+fn engine_only<const INSIDE: bool>(rng: &mut Rng, settings: Settings, enough: u64, report: &mut Report) {
+    let mut engine = EngineWorld::<INSIDE>::new(settings);
     while report.operations < enough {
         let program = program(rng, settings.max_frames, 0);
         let clean = engine.run(&encode(&program), true);
@@ -362,7 +374,7 @@ fn engine_only(rng: &mut Rng, settings: Settings, enough: u64, report: &mut Repo
         if !clean || !wrong.is_empty() {
             let mut small = program;
             let made = make_small(&mut small, &mut |fewer| {
-                let mut engine = EngineWorld::new(settings);
+                let mut engine = EngineWorld::<INSIDE>::new(settings);
                 Ok(!engine.run(&encode(fewer), false) || !engine.audit().is_empty())
             });
             debug_assert!(made.is_ok(), "the engine is always there");
@@ -384,7 +396,11 @@ fn engine_only(rng: &mut Rng, settings: Settings, enough: u64, report: &mut Repo
 }
 
 /// Counts the statuses of what was seen, and the results of calls that are not 0.
-fn tally(engine: &EngineWorld, program: &[Step], answers: &mut BTreeMap<String, BTreeMap<i64, u64>>) {
+fn tally<const INSIDE: bool>(
+    engine: &EngineWorld<INSIDE>,
+    program: &[Step],
+    answers: &mut BTreeMap<String, BTreeMap<i64, u64>>,
+) {
     for seen in &engine.seen {
         let Some(Head::Call(call)) = program.get(seen.step).map(|step| step.head) else {
             continue;
@@ -406,14 +422,14 @@ fn tally(engine: &EngineWorld, program: &[Step], answers: &mut BTreeMap<String, 
 }
 
 /// Plays a program on a pair whose table is as large as it was, and starts anew where it cannot.
-struct Lab<'t> {
+struct Lab<'t, const INSIDE: bool> {
     tools: &'t Tools,
     settings: Settings,
     frames: [u32; 2],
-    pair: Pair,
+    pair: Pair<INSIDE>,
 }
 
-impl Lab<'_> {
+impl<const INSIDE: bool> Lab<'_, INSIDE> {
     /// Tables never shrink.
     fn beyond(&self) -> bool {
         let is = self.pair.engine.frames();
@@ -429,7 +445,7 @@ impl Lab<'_> {
     }
 
     /// The pair, or another if it cannot serve any more.
-    fn pair_or_new(&mut self) -> Result<&mut Pair, XenError> {
+    fn pair_or_new(&mut self) -> Result<&mut Pair<INSIDE>, XenError> {
         if !self.pair.clean {
             self.pair = Pair::start(self.tools, self.settings)?;
         }
@@ -459,7 +475,7 @@ impl Lab<'_> {
     }
 }
 
-fn explain(
+fn explain<const INSIDE: bool>(
     tools: &Tools,
     settings: Settings,
     batch: &[(Vec<Step>, Vec<u8>)],
@@ -467,7 +483,7 @@ fn explain(
     script: u64,
 ) -> Result<Difference, XenError> {
     let index = batch.len() - 1;
-    let mut lab = Lab {
+    let mut lab: Lab<'_, INSIDE> = Lab {
         tools,
         settings,
         frames: frames[index],
@@ -685,7 +701,7 @@ mod tests {
     #[test]
     fn what_is_seen_reaches_the_digest() {
         let mut rng = Rng::with_seed(4);
-        let mut engine = EngineWorld::new(ROOMY);
+        let mut engine = EngineWorld::<true>::new(ROOMY);
         let steps = program(&mut rng, 64, 0);
         assert!(engine.run(&encode(&steps), false));
         let first = engine.answer.clone();

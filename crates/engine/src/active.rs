@@ -12,9 +12,9 @@
 //! 1. Whoever finds the entry pinned in the way it needs adds its pins with one compare-and-swap.
 //!    It has then a share in the frame, which cannot change while any pin is left.
 //! 2. Whoever has to touch the shared entry (first use, upgrade to writing, last use, last
-//!    write) first sets `busy` with a compare-and-swap, and holds it for that step only. Nobody
-//!    else changes the word meanwhile. This is the exclusion between "last unpin" and "first pin"
-//!    that spec 8.3 calls essential.
+//!    write) first sets `busy` with a compare-and-swap, and holds it for that step only, or for the
+//!    whole of a use that is one brief copy. Nobody else changes the word meanwhile. This is the
+//!    exclusion between "last unpin" and "first pin" that spec 8.3 calls essential.
 //! 3. `busy` is cleared by one store that also publishes the new pins, the grantee and, through
 //!    release ordering, the frame.
 //!
@@ -151,6 +151,12 @@ impl State {
         self.pins() & Pins::WRITES != 0
     }
 
+    /// Whether there are these pins and no others.
+    #[inline]
+    pub(crate) const fn is_just(self, pins: Pins) -> bool {
+        self.pins() == pins.0
+    }
+
     /// The domain that uses the entry. Meaningful while pinned.
     #[inline]
     pub(crate) fn grantee(self) -> DomId {
@@ -177,7 +183,7 @@ impl State {
     }
 
     #[inline]
-    fn plus(self, wanted: Pins) -> State {
+    pub(crate) fn plus(self, wanted: Pins) -> State {
         State(self.0 + u64::from(wanted.0))
     }
 
@@ -270,6 +276,14 @@ impl<'a> Active<'a> {
         }
     }
 
+    /// Whether nobody uses the entry, or is about to.
+    #[inline(always)]
+    pub(crate) fn is_unused(self) -> bool {
+        // Whoever looks is about to change it.
+        fetch_to_write(self.state);
+        self.state.load(Ordering::Relaxed) == 0
+    }
+
     /// A look without waiting, for observers. Pins of a use that is just beginning may be missing.
     pub(crate) fn peek(self) -> State {
         State(self.state.load(Ordering::Acquire))
@@ -345,11 +359,18 @@ pub(crate) struct Claim<'a> {
 }
 
 impl Claim<'_> {
-    /// The first use: the frame becomes known, then the state.
+    /// The first use: the frame becomes known, then the state, which is given back as it is then.
     #[inline]
-    pub(crate) fn publish_first(mut self, mfn: Mfn, state: State) {
+    pub(crate) fn publish_first(mut self, mfn: Mfn, state: State) -> State {
         self.entry.frame.store(low_of(mfn), Ordering::Relaxed);
         self.result = state.with_top_of(mfn);
+        self.result
+    }
+
+    /// The end of the last use.
+    #[inline]
+    pub(crate) fn publish_unused(mut self) {
+        self.result = State::default();
     }
 
     /// A further use.

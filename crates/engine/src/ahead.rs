@@ -14,12 +14,11 @@
     expect(unsafe_code, reason = "instructions that fetch a cache line")
 )]
 
-use core::marker::PhantomData;
 use core::ops::Range;
 
 use gnttab_abi::{Abi, Copy, CopyFlags, DomId, Gfn, GrantRef, MapGrantRef};
 
-use crate::args::{Arguments, LARGEST};
+use crate::args::{Arguments, Raw};
 use crate::domain::Domain;
 use crate::hypervisor::Hypervisor;
 use crate::registry::{Room, Visit};
@@ -39,13 +38,12 @@ pub(crate) trait Foresee {
     /// Whether it moves bytes.
     const MOVES: bool;
     /// What an item will use.
-    fn uses(raw: &[u8], caller: DomId) -> Option<Uses>;
+    fn uses(raw: &Raw, caller: DomId) -> Option<Uses>;
     /// Asks for what it needs of the caller's own.
     fn expect_own<H: Hypervisor>(hv: &H, caller: &H::Domain, uses: &Uses);
 }
 
 /// What an item will use. Where bytes of a page are wanted: the first, and how many.
-#[derive(Clone, core::marker::Copy)]
 pub(crate) struct Uses {
     granter: DomId,
     gref: GrantRef,
@@ -55,22 +53,12 @@ pub(crate) struct Uses {
     own_bytes: (u16, u16),
 }
 
-impl Uses {
-    const NONE: Uses = Uses {
-        granter: DomId::INVALID,
-        gref: GrantRef(0),
-        bytes: (0, 0),
-        own: 0,
-        own_bytes: (0, 0),
-    };
-}
-
 impl Foresee for MapGrantRef {
     const SIZE: usize = MapGrantRef::size(Abi::X86_64);
     const MOVES: bool = false;
 
     #[inline(always)]
-    fn uses(raw: &[u8], _: DomId) -> Option<Uses> {
+    fn uses(raw: &Raw, _: DomId) -> Option<Uses> {
         // The same for every calling ABI.
         let item = MapGrantRef::decode(Abi::X86_64, raw).ok()?;
         Some(Uses {
@@ -93,7 +81,7 @@ impl Foresee for Copy {
     const MOVES: bool = true;
 
     #[inline(always)]
-    fn uses(raw: &[u8], caller: DomId) -> Option<Uses> {
+    fn uses(raw: &Raw, caller: DomId) -> Option<Uses> {
         let item = Copy::decode(Abi::X86_64, raw).ok()?;
         // Of two grants the source's: its bytes are read.
         let (granted, own) = if item.flags.contains(CopyFlags::SOURCE_GREF) {
@@ -120,124 +108,94 @@ impl Foresee for Copy {
     }
 }
 
-/// What is known of the group behind the one at work.
-pub(crate) struct Ahead<T> {
-    uses: [Uses; GROUP as usize],
-    /// So many of them.
-    known: usize,
-    kind: PhantomData<T>,
+/// The items of a batch, as many at a time as there are between two looks ahead.
+#[inline(always)]
+pub(crate) fn in_steps(count: u32) -> impl Iterator<Item = Range<u32>> {
+    let mut next = 0;
+    core::iter::from_fn(move || {
+        let first = next;
+        next = count.min(first + HALF);
+        (first < count).then_some(first..next)
+    })
 }
 
-impl<T: Foresee> Ahead<T> {
-    /// For a batch of so many items, if it is one that a look ahead is worth while for.
-    #[inline]
-    pub(crate) fn of(count: u32) -> Option<Ahead<T>> {
-        (count >= SMALLEST).then_some(Ahead {
-            uses: [Uses::NONE; GROUP as usize],
-            known: 0,
-            kind: PhantomData,
-        })
+/// Called before item `index` of a batch of `count`, the first of some of [`in_steps`]. Works for the table that the
+/// processor is inside; if it is inside none, for that of the item's granter.
+#[inline(always)]
+pub(crate) fn look<T: Foresee, H: Hypervisor>(
+    visit: &mut Visit<'_, H>,
+    caller: &Domain<H>,
+    index: u32,
+    count: u32,
+    args: impl Arguments,
+) {
+    if count < SMALLEST {
+        return;
     }
-
-    /// Whether there is something to do before an item.
-    #[inline(always)]
-    pub(crate) fn is_due(index: u32) -> bool {
-        index.is_multiple_of(HALF)
+    let hv = &visit.engine.hv;
+    let granter_of_item = || {
+        let raw = args.glimpse(index, T::SIZE)?;
+        Some(T::uses(&raw, caller.id())?.granter)
+    };
+    let Some(granter) = visit.inside_any(granter_of_item) else {
+        return;
+    };
+    let group = |first: u32| first..count.min(first + GROUP);
+    if index == 0 {
+        // Nobody was ahead of the first.
+        expect_entries::<T, H>(hv, granter, caller, group(0), args);
+        expect_frames::<T, H>(hv, granter, caller, group(0), args);
     }
-
-    /// Called before item `index` of a batch of `count`, where it is due. Works for the table that the
-    /// processor is inside, or the first that it comes upon.
-    #[inline(never)]
-    pub(crate) fn step<H: Hypervisor>(
-        &mut self,
-        visit: &mut Visit<'_, H>,
-        caller: &Domain<H>,
-        index: u32,
-        count: u32,
-        args: impl Arguments,
-    ) {
-        if index == 0 {
-            // Nobody was ahead of the first.
-            self.expect_entries(visit, caller, 0..GROUP.min(count), args);
-            self.expect_frames(visit, caller.id());
-        }
-        if index.is_multiple_of(GROUP) {
-            let next = index + GROUP;
-            self.expect_entries(visit, caller, next..count.min(next + GROUP), args);
-        } else {
-            self.expect_frames(visit, caller.id());
-        }
+    if index.is_multiple_of(GROUP) {
+        expect_entries::<T, H>(hv, granter, caller, group(index + GROUP), args);
+    } else {
+        expect_frames::<T, H>(hv, granter, caller, group(index + HALF), args);
     }
+}
 
-    /// Looks at the items of a group, and asks for their entries and for what is the caller's own.
-    #[inline(always)]
-    fn expect_entries<H: Hypervisor>(
-        &mut self,
-        visit: &mut Visit<'_, H>,
-        caller: &Domain<H>,
-        items: Range<u32>,
-        args: impl Arguments,
-    ) {
-        let hv = &visit.engine.hv;
-        let mut known = 0;
-        for (index, place) in items.zip(&mut self.uses) {
-            let mut raw = [0; LARGEST];
-            if !args.peek(index, T::SIZE, &mut raw) {
-                break;
-            }
-            let Some(uses) = T::uses(&raw, caller.id()) else {
-                break;
-            };
-            *place = uses;
-            known += 1;
+/// Asks for the entries of items, and for what is the caller's own.
+#[inline(never)]
+fn expect_entries<T: Foresee, H: Hypervisor>(
+    hv: &H,
+    granter: &Room<'_, H>,
+    caller: &Domain<H>,
+    items: Range<u32>,
+    args: impl Arguments,
+) {
+    // References that follow each other often share their lines: those of the one before are on their way.
+    let mut last = u32::MAX;
+    args.peek(items, T::SIZE, |raw| {
+        if let Some(uses) = T::uses(raw, caller.id())
+            && uses.granter == granter.id()
+        {
             T::expect_own(hv, caller.private(), &uses);
-        }
-        self.known = known;
-        let Some(granter) = self.granter(visit) else {
-            return;
-        };
-        let id = granter.id();
-        // References that follow each other often share their lines: those of the one before are on their way.
-        let mut last = None;
-        for uses in self.known().iter().filter(|uses| uses.granter == id) {
-            let line = Some(uses.gref.0 / IN_A_LINE);
+            let line = uses.gref.0 / IN_A_LINE;
             if last != line {
                 granter.view.expect(uses.gref);
                 last = line;
             }
         }
-    }
+    });
+}
 
-    /// Asks for what the entries of the group lead to, where they are for the caller.
-    #[inline(always)]
-    fn expect_frames<H: Hypervisor>(&self, visit: &mut Visit<'_, H>, caller: DomId) {
-        let hv = &visit.engine.hv;
-        let Some(granter) = self.granter(visit) else {
-            return;
-        };
-        let id = granter.id();
-        for uses in self.known().iter().filter(|uses| uses.granter == id) {
-            if let Some(shared) = granter.view.shared(uses.gref)
-                && shared.load_head().domid == caller
-            {
-                let gfn = Gfn(shared.load_frame());
-                let bytes = if T::MOVES { uses.bytes } else { (0, 0) };
-                hv.expect_frame(granter.private(), gfn, bytes);
-            }
+/// Asks for what the entries of items lead to, where they are for the caller.
+#[inline(never)]
+fn expect_frames<T: Foresee, H: Hypervisor>(
+    hv: &H,
+    granter: &Room<'_, H>,
+    caller: &Domain<H>,
+    items: Range<u32>,
+    args: impl Arguments,
+) {
+    args.peek(items, T::SIZE, |raw| {
+        if let Some(uses) = T::uses(raw, caller.id())
+            && uses.granter == granter.id()
+            && let Some(gfn) = granter.view.peek_frame(uses.gref, caller.id())
+        {
+            let bytes = if T::MOVES { uses.bytes } else { (0, 0) };
+            hv.expect_frame(granter.private(), gfn, bytes);
         }
-    }
-
-    /// What is known of the group.
-    #[inline(always)]
-    fn known(&self) -> &[Uses] {
-        self.uses.get(..self.known).unwrap_or_default()
-    }
-
-    /// The granter whose table the processor is inside; if none, that of the group's first item, if it has any.
-    #[inline(always)]
-    fn granter<'v, 'a, H: Hypervisor>(&self, visit: &'v mut Visit<'a, H>) -> Option<&'v Room<'a, H>> {
-        visit.inside_any(self.known().first()?.granter)
-    }
+    });
 }
 
 /// Half a group on, what the entries lead to is asked for.

@@ -7,6 +7,8 @@
 //! 2. Guest memory is touched by words as wide as they are aligned: what a guest writes meanwhile is seen as
 //!    it was before or after, word by word.
 
+use core::ops::Range;
+
 use gnttab_abi::GrantStatus;
 
 use crate::bound::below_wide;
@@ -26,11 +28,14 @@ pub(crate) trait Arguments: Copy {
     /// The one read of an argument, into `raw`.
     fn read(self, index: u32, size: usize, raw: &mut Raw) -> Result<(), Fault>;
 
-    /// A look at an argument ahead of its turn; false if there is none.
-    fn peek(self, index: u32, size: usize, raw: &mut Raw) -> bool;
+    /// A look at an argument ahead of its turn, if there is one.
+    fn glimpse(self, index: u32, size: usize) -> Option<Raw>;
 
-    /// Writes a whole argument.
-    fn write(self, index: u32, size: usize, raw: Raw) -> Result<(), Fault>;
+    /// A look at arguments ahead of their turn, one after the other, as far as there are any.
+    fn peek(self, items: Range<u32>, size: usize, look: impl FnMut(&Raw));
+
+    /// Writes an argument from a byte on that begins a word.
+    fn write(self, index: u32, size: usize, from: usize, raw: Raw) -> Result<(), Fault>;
 
     /// Writes an argument's status, at `offset`.
     fn write_status(self, index: u32, size: usize, offset: usize, status: GrantStatus) -> Result<(), Fault>;
@@ -88,13 +93,27 @@ impl<M: GuestMemory + ?Sized> Arguments for Args<'_, M> {
     }
 
     #[inline(always)]
-    fn peek(self, index: u32, size: usize, raw: &mut Raw) -> bool {
-        self.memory.peek(self.at(index, size), &mut raw[..size])
+    fn glimpse(self, index: u32, size: usize) -> Option<Raw> {
+        let mut raw = [0; LARGEST];
+        self.memory
+            .peek(self.at(index, size), &mut raw[..size])
+            .then_some(raw)
     }
 
     #[inline(always)]
-    fn write(self, index: u32, size: usize, raw: Raw) -> Result<(), Fault> {
-        self.write_start(index, size, &raw[..size])
+    fn peek(self, items: Range<u32>, size: usize, mut look: impl FnMut(&Raw)) {
+        for index in items {
+            let Some(raw) = self.glimpse(index, size) else {
+                return;
+            };
+            look(&raw);
+        }
+    }
+
+    #[inline(always)]
+    fn write(self, index: u32, size: usize, from: usize, raw: Raw) -> Result<(), Fault> {
+        let at = self.at(index, size).wrapping_add(from as u64);
+        self.memory.write(at, &raw[from..size])
     }
 
     #[inline(always)]
@@ -133,25 +152,52 @@ impl<'a> Window<'a> {
     }
 }
 
+/// Reads an argument's words.
+#[inline(always)]
+fn load(words: &[AtomicU64], raw: &mut Raw) {
+    for (bytes, word) in raw.as_chunks_mut().0.iter_mut().zip(words) {
+        *bytes = word.load(Ordering::Relaxed).to_le_bytes();
+    }
+}
+
 impl Arguments for Window<'_> {
     #[inline(always)]
     fn read(self, index: u32, size: usize, raw: &mut Raw) -> Result<(), Fault> {
-        let words = self.at(index, size).ok_or_else(Self::fault)?;
-        for (bytes, word) in raw.as_chunks_mut().0.iter_mut().zip(words) {
-            *bytes = word.load(Ordering::Relaxed).to_le_bytes();
-        }
+        load(self.at(index, size).ok_or_else(Self::fault)?, raw);
         Ok(())
     }
 
     #[inline(always)]
-    fn peek(self, index: u32, size: usize, raw: &mut Raw) -> bool {
-        self.read(index, size, raw).is_ok()
+    fn glimpse(self, index: u32, size: usize) -> Option<Raw> {
+        let mut raw = [0; LARGEST];
+        load(self.at(index, size)?, &mut raw);
+        Some(raw)
     }
 
     #[inline(always)]
-    fn write(self, index: u32, size: usize, raw: Raw) -> Result<(), Fault> {
+    fn peek(self, items: Range<u32>, size: usize, mut look: impl FnMut(&Raw)) {
+        let words = size / 8;
+        // Clamped as everywhere, and then gone through without further questions.
+        let Some(first) = below_wide(items.start as usize * words, self.words.len()) else {
+            return;
+        };
+        let behind = self.words.get(first..).unwrap_or_default();
+        let Some(length) = below_wide(items.len() * words, behind.len() + 1) else {
+            return;
+        };
+        for words in behind.get(..length).unwrap_or_default().chunks_exact(words) {
+            let mut raw = [0; LARGEST];
+            load(words, &mut raw);
+            look(&raw);
+        }
+    }
+
+    #[inline(always)]
+    fn write(self, index: u32, size: usize, from: usize, raw: Raw) -> Result<(), Fault> {
         let words = self.at(index, size).ok_or_else(Self::fault)?;
-        for (bytes, word) in raw.as_chunks().0.iter().zip(words) {
+        let from = from / 8;
+        let bytes = raw.as_chunks().0.get(from..).unwrap_or_default();
+        for (bytes, word) in bytes.iter().zip(words.get(from..).unwrap_or_default()) {
             word.store(u64::from_le_bytes(*bytes), Ordering::Relaxed);
         }
         Ok(())

@@ -27,16 +27,15 @@ pub(crate) fn below_wide(index: usize, bound: usize) -> Option<usize> {
     Some(index & mask(index, bound))
 }
 
-/// How far an index is behind `first`, if that is less than `length`, a power of two; clamped by it.
+/// Whether an index is one of the `length` from `first` on. For places that take any index modulo `length`.
 #[inline(always)]
-pub(crate) fn behind(index: u32, first: u32, length: u32) -> Option<usize> {
-    let distance = index.wrapping_sub(first);
-    if distance >= length {
-        return None;
+pub(crate) fn is_within(index: u32, first: u32, length: u32) -> bool {
+    if index.wrapping_sub(first) >= length {
+        return false;
     }
     #[cfg(feature = "fences")]
     barrier();
-    Some((distance & (length - 1)) as usize)
+    true
 }
 
 /// All ones if `index` is below `bound`, otherwise 0; without a branch.
@@ -131,13 +130,13 @@ mod tests {
             }
         }
         for (index, first, found) in [
-            (4, 5, None),
-            (5, 5, Some(0)),
-            (8, 5, Some(3)),
-            (9, 5, None),
-            (u32::MAX, 5, None),
+            (4, 5, false),
+            (5, 5, true),
+            (8, 5, true),
+            (9, 5, false),
+            (u32::MAX, 5, false),
         ] {
-            assert_eq!(behind(index, first, 4), found);
+            assert_eq!(is_within(index, first, 4), found);
         }
         assert_eq!(below(u32::MAX, u32::MAX), None);
         assert_eq!(below(u32::MAX - 1, u32::MAX), Some(u32::MAX as usize - 1));

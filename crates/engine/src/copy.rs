@@ -5,9 +5,11 @@
 //! and its page type; both ranges within a page; the source's granted range; the destination's.
 //!
 //! Between items of one call the claims of both sides are kept as long as they are for the same
-//! thing. What must always hold:
+//! thing. Where bytes move inside a table, and the next item does not look as if it wanted the same, what most
+//! copies are is done in one go ([`Visit::copy_first`]), and nothing of it is kept. What must always hold:
 //! 1. A kept claim is keyed by domains as written, by kind, and by reference or frame (D-1, D-3).
-//! 2. A claim by grant is one pin and one page reference; the pin goes first (CPY-6).
+//! 2. A claim by grant is one pin and one page reference; the pin goes first (CPY-6). In one go the entry is held
+//!    meanwhile, which is as good as a pin.
 //! 3. The frame whose bytes move is the one that was referenced and typed (CPY-1).
 
 use alloc::sync::Arc;
@@ -22,7 +24,7 @@ use crate::claim::{Wanted, begin_use, clear_marks, end_use, marks_to_clear};
 use crate::domain::{Domain, Reference, Vcpu, Version};
 use crate::engine::Processor;
 use crate::hypervisor::{Access, FrameOwner, Hook, Hypervisor, Resolved};
-use crate::map::status_of;
+use crate::map::{status_of, unpin};
 use crate::registry::{LEAVE_AFTER, Visit};
 use crate::sync::Ordering;
 use crate::table::{Entry, SharedEntry};
@@ -106,6 +108,20 @@ impl<H: Hypervisor> Run<H> {
             dest: None,
         }
     }
+
+    /// Source and destination domain, where they are not the caller.
+    #[inline(always)]
+    fn domains(&self) -> (Option<&Domain<H>>, Option<&Domain<H>>) {
+        match &self.pair {
+            Some((_, source, dest)) => (source.as_deref(), dest.as_deref()),
+            None => (None, None),
+        }
+    }
+
+    #[inline(always)]
+    fn keeps_nothing(&self) -> bool {
+        self.source.is_none() && self.dest.is_none()
+    }
 }
 
 /// Why a use of an entry by grant was not had.
@@ -141,12 +157,15 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// Copies bytes through grants, item after item. Every item's `status` is written; bytes move
     /// only for *okay*.
     pub fn copy(&mut self, vcpu: &Vcpu<H>, items: &mut [Copy]) {
-        let (mut visit, caller) = (self.visit(), vcpu.caller());
+        let (mut visit, caller) = (self.visit(&vcpu.domain), vcpu.caller());
         let mut run = Run::new();
-        for items in items.chunks_mut(LEAVE_AFTER) {
-            visit.leave();
-            for item in items {
-                item.status = visit.copy_item(&caller, &mut run, item);
+        for index in 0..items.len() {
+            if index.is_multiple_of(LEAVE_AFTER) {
+                visit.leave();
+            }
+            if let Some((item, rest)) = items.get_mut(index..).and_then(<[Copy]>::split_first_mut) {
+                let alone = rest.first().is_none_or(|next| shares_nothing(item, next));
+                item.status = visit.copy_item(&caller, &mut run, item, alone);
             }
         }
         visit.end_copy(&mut run);
@@ -154,10 +173,16 @@ impl<H: Hypervisor> Processor<'_, H> {
 }
 
 impl<H: Hypervisor> Visit<'_, H> {
-    /// One item, with what the call has kept so far.
-    pub(crate) fn copy_item(&mut self, caller: &Caller<'_, H>, run: &mut Run<H>, item: &Copy) -> GrantStatus {
-        self.begin_item();
-        let status = match self.copy_one(caller.domain, run, item) {
+    /// One item, with what the call has kept so far; `alone` says that nothing of it is worth keeping for the next.
+    #[inline(always)]
+    pub(crate) fn copy_item(
+        &mut self,
+        caller: &Caller<'_, H>,
+        run: &mut Run<H>,
+        item: &Copy,
+        alone: bool,
+    ) -> GrantStatus {
+        let status = match self.copy_one(caller.domain, run, item, alone) {
             Ok(()) => GrantStatus::OKAY,
             Err(status) => {
                 self.drop_buffers(run);
@@ -183,9 +208,16 @@ impl<H: Hypervisor> Visit<'_, H> {
     }
 
     #[inline(always)]
-    fn copy_one(&mut self, caller: &Domain<H>, run: &mut Run<H>, item: &Copy) -> Result<(), GrantStatus> {
+    fn copy_one(
+        &mut self,
+        caller: &Domain<H>,
+        run: &mut Run<H>,
+        item: &Copy,
+        alone: bool,
+    ) -> Result<(), GrantStatus> {
         // 0
         if item.len == 0 && self.engine.config.reference != Reference::V4_17 {
+            self.begin_item();
             return Ok(());
         }
         // 1
@@ -193,89 +225,149 @@ impl<H: Hypervisor> Visit<'_, H> {
             .pair
             .as_ref()
             .is_none_or(|kept| kept.0 != (item.source.domid, item.dest.domid))
-            && let Err(status) = self.copy_domains(caller, run, *item)
+            && let Err(status) = self.copy_domains(caller, run, (item.source.domid, item.dest.domid))
         {
             self.end_copy(run);
             return Err(status);
         }
-        // The two that drivers ask for are code of their own, in which it is decided which side is by grant.
         let by_grant = |flag| item.flags.contains(flag);
-        match (by_grant(CopyFlags::SOURCE_GREF), by_grant(CopyFlags::DEST_GREF)) {
-            (true, false) => self.copy_claimed(caller, run, item, (true, false)),
-            (false, true) => self.copy_claimed(caller, run, item, (false, true)),
-            both => self.copy_any(caller, run, *item, both),
+        let sides = (by_grant(CopyFlags::SOURCE_GREF), by_grant(CopyFlags::DEST_GREF));
+        let done = if H::COPY_INSIDE && alone && run.keeps_nothing() {
+            match sides {
+                (true, false) => self.copy_first::<true>(caller, run, item),
+                (false, true) => self.copy_first::<false>(caller, run, item),
+                _ => None,
+            }
+        } else {
+            None
+        };
+        if let Some(done) = done {
+            return done;
+        }
+        let Copy {
+            source, dest, len, ..
+        } = *item;
+        match sides {
+            (true, false) => self.copy_kept::<true, false>(caller, run, source, dest, len),
+            (false, true) => self.copy_kept::<false, true>(caller, run, source, dest, len),
+            (true, true) => self.copy_kept::<true, true>(caller, run, source, dest, len),
+            (false, false) => self.copy_kept::<false, false>(caller, run, source, dest, len),
         }
     }
 
-    /// As [`Visit::copy_claimed`], whichever sides are by grant.
-    #[cold]
-    #[inline(never)]
-    fn copy_any(
+    /// Steps 2 to 7 in one go of what most copies are: one side by grant, through an entry of a whole page that
+    /// nobody uses. `None`, and nothing done, where something is otherwise. The table is not left meanwhile.
+    #[inline(always)]
+    fn copy_first<const FROM_GRANT: bool>(
         &mut self,
         caller: &Domain<H>,
-        run: &mut Run<H>,
-        item: Copy,
-        by_grant: (bool, bool),
-    ) -> Result<(), GrantStatus> {
-        self.copy_claimed(caller, run, &item, by_grant)
+        run: &Run<H>,
+        item: &Copy,
+    ) -> Option<Result<(), GrantStatus>> {
+        let engine = self.engine;
+        let hv = &engine.hv;
+        let (source, dest) = run.domains();
+        let (granted, own, judged) = if FROM_GRANT {
+            (&item.source, &item.dest, source)
+        } else {
+            (&item.dest, &item.source, dest)
+        };
+        let access = if FROM_GRANT { Access::Read } else { Access::Write };
+        // 4 to 6
+        if by_frame_is_own(own, false).is_err() || check_ranges(item, Span::WHOLE, Span::WHOLE).is_err() {
+            return None;
+        }
+        // 2, 3: the claim of the entry stands for the pin
+        let granter = (number_of(granted, caller), judged);
+        let room = self.enter_or_stay(granter.0)?;
+        if !room.is(granter.1) {
+            return None;
+        }
+        let entry = room.view.entry(granted.gref())?;
+        let claim = entry.active.claim(State::default())?;
+        begin_use(hv, &entry.shared, false, caller.id(), access, Wanted::Whole).ok()?;
+        let theirs = (&**room, entry.shared.load_frame());
+        let (from, to) = if FROM_GRANT {
+            (theirs, (caller, own.u))
+        } else {
+            ((caller, own.u), theirs)
+        };
+        let source = frame_of(hv, from, Access::Read);
+        let dest = match source {
+            Ok(_) => frame_of(hv, to, Access::Write),
+            Err(status) => Err(status),
+        };
+        // 7
+        if let (Ok(source), Ok(dest)) = (source, dest) {
+            move_bytes(hv, item, source, dest, to.0);
+        }
+        // The marks and the claim go before the references that they stand for.
+        end_use(&entry.shared, State::default(), access);
+        drop(claim);
+        if let Ok(mfn) = source {
+            put(hv, mfn, false);
+        }
+        if let Ok(mfn) = dest {
+            put(hv, mfn, true);
+        }
+        if room.is_dying() {
+            self.leave();
+            engine.reap(granter.0);
+        }
+        Some(dest.map(drop))
     }
 
-    /// Steps 2 to 7; `by_grant` says it of source and destination.
-    #[inline(always)]
-    fn copy_claimed(
+    /// Steps 2 to 7 one by one, with what is kept, and to be kept, of each side. The item comes in parts, so that it
+    /// needs no place in memory otherwise.
+    #[inline(never)]
+    fn copy_kept<const FROM_GRANT: bool, const TO_GRANT: bool>(
         &mut self,
         caller: &Domain<H>,
         run: &mut Run<H>,
-        item: &Copy,
-        by_grant: (bool, bool),
+        source: CopyPtr,
+        dest: CopyPtr,
+        len: u16,
     ) -> Result<(), GrantStatus> {
         let engine = self.engine;
-        // 2, 3
-        let (source_domain, dest_domain) = match &run.pair {
-            Some((_, source, dest)) => (source.as_deref(), dest.as_deref()),
-            None => (None, None),
+        let item = Copy {
+            source,
+            dest,
+            len,
+            ..Copy::default()
         };
-        by_frame_is_own(&item.source, by_grant.0)?;
+        self.begin_item();
+        let pair = run.pair.as_ref();
+        let source_domain = pair.and_then(|(_, source, _)| source.as_deref());
+        let dest_domain = pair.and_then(|(_, _, dest)| dest.as_deref());
+        // 2, 3
+        by_frame_is_own(&item.source, FROM_GRANT)?;
         let judged = (source_domain, Access::Read);
-        self.keep_or_claim(caller, &mut run.source, &item.source, by_grant.0, judged)?;
-        by_frame_is_own(&item.dest, by_grant.1)?;
+        self.keep_or_claim(caller, &mut run.source, &item.source, FROM_GRANT, judged)?;
+        by_frame_is_own(&item.dest, TO_GRANT)?;
         let judged = (dest_domain, Access::Write);
-        self.keep_or_claim(caller, &mut run.dest, &item.dest, by_grant.1, judged)?;
+        self.keep_or_claim(caller, &mut run.dest, &item.dest, TO_GRANT, judged)?;
         let (Some(from), Some(to)) = (&run.source, &run.dest) else {
             return Err(GrantStatus::GENERAL_ERROR);
         };
-        // 4
-        let len = u32::from(item.len);
-        let end = |side: &CopyPtr| u32::from(side.offset) + len;
-        let page = u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX);
-        if end(&item.source) > page || end(&item.dest) > page {
-            return Err(GrantStatus::BAD_COPY_ARG);
-        }
-        // 5, 6
-        let within = |side: &CopyPtr, kept: &Buffer| kept.span.has(u32::from(side.offset), end(side));
-        if !within(&item.source, from) || !within(&item.dest, to) {
-            return Err(GrantStatus::GENERAL_ERROR);
-        }
+        // 4 to 6
+        check_ranges(&item, from.span, to.span)?;
         // 7, outside, where a copy may take its time: whoever wants a table alone need not wait for the bytes
         if !H::COPY_INSIDE {
             self.leave();
         }
-        engine.hv.hook(Hook::CopyMapped);
-        engine.hv.copy(
-            (from.mfn, item.source.offset),
-            (to.mfn, item.dest.offset),
-            item.len,
-        );
-        let owner = dest_domain.unwrap_or(caller);
-        engine.hv.mark_dirty(owner.private(), to.mfn);
+        move_bytes(&engine.hv, &item, from.mfn, to.mfn, dest_domain.unwrap_or(caller));
         Ok(())
     }
 
     /// Step 1 where the pair is not the one before: both domains, and whether the policy lets bytes go from one
     /// to the other.
     #[inline(never)]
-    fn copy_domains(&mut self, caller: &Domain<H>, run: &mut Run<H>, item: Copy) -> Result<(), GrantStatus> {
-        let pair = (item.source.domid, item.dest.domid);
+    fn copy_domains(
+        &mut self,
+        caller: &Domain<H>,
+        run: &mut Run<H>,
+        pair: (DomId, DomId),
+    ) -> Result<(), GrantStatus> {
         self.end_copy(run);
         let source = self.copy_domain(caller, pair.0)?;
         let dest = self.copy_domain(caller, pair.1)?;
@@ -314,11 +406,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     ) -> Result<(), GrantStatus> {
         let engine = self.engine;
         let hv = &engine.hv;
-        let domid = if side.domid == DomId::SELF {
-            caller.id()
-        } else {
-            side.domid
-        };
+        let domid = number_of(side, caller);
         let key = if by_grant {
             Key::grant(domid, side.gref())
         } else {
@@ -631,12 +719,7 @@ fn lower<H: Hypervisor>(domain: &Domain<H>, entry: &Entry<'_>, access: Access, s
     if seen.is_partial() {
         return lower_partial(domain, *entry, access, seen);
     }
-    entry.active.drop_pins(
-        seen,
-        pins_of(access),
-        |left| marks_to_clear(left, access),
-        |marks| clear_marks(&entry.shared, marks),
-    );
+    unpin(*entry, seen, pins_of(access), access);
 }
 
 #[cold]
@@ -675,7 +758,7 @@ impl Span {
 
     /// Whether bytes from `start` up to `end`, that one left out, are among them.
     #[inline(always)]
-    fn has(self, start: u32, end: u32) -> bool {
+    fn has(self, (start, end): (u32, u32)) -> bool {
         let first = self.0 & 0xFFFF;
         start >= first && end <= first + (self.0 >> 16)
     }
@@ -686,6 +769,62 @@ impl Grip {
         let span = Span::WHOLE;
         Grip { mfn, span, typed }
     }
+}
+
+/// Steps 4 to 6: both ranges lie within a page, and within what was granted.
+#[inline(always)]
+fn check_ranges(item: &Copy, from: Span, to: Span) -> Result<(), GrantStatus> {
+    let len = u32::from(item.len);
+    let range = |side: &CopyPtr| (u32::from(side.offset), u32::from(side.offset) + len);
+    let (source, dest) = (range(&item.source), range(&item.dest));
+    let page = u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX);
+    if source.1 > page || dest.1 > page {
+        return Err(GrantStatus::BAD_COPY_ARG);
+    }
+    if !from.has(source) || !to.has(dest) {
+        return Err(GrantStatus::GENERAL_ERROR);
+    }
+    Ok(())
+}
+
+/// Step 7; `owner` is the destination's domain.
+#[inline(always)]
+fn move_bytes<H: Hypervisor>(hv: &H, item: &Copy, from: Mfn, to: Mfn, owner: &Domain<H>) {
+    hv.hook(Hook::CopyMapped);
+    hv.copy((from, item.source.offset), (to, item.dest.offset), item.len);
+    hv.mark_dirty(owner.private(), to);
+}
+
+/// Whether two items look as if neither side were the same.
+#[inline(always)]
+pub(crate) fn shares_nothing(item: &Copy, next: &Copy) -> bool {
+    item.source.u != next.source.u && item.dest.u != next.dest.u
+}
+
+/// The domain that a side names.
+#[inline(always)]
+fn number_of<H: Hypervisor>(side: &CopyPtr, caller: &Domain<H>) -> DomId {
+    if side.domid == DomId::SELF {
+        caller.id()
+    } else {
+        side.domid
+    }
+}
+
+/// A frame of a domain's with a reference, and with the writable type if it is to be written.
+#[inline(always)]
+fn frame_of<H: Hypervisor>(
+    hv: &H,
+    (domain, gfn): (&Domain<H>, u64),
+    access: Access,
+) -> Result<Mfn, GrantStatus> {
+    let writes = access == Access::Write;
+    let (Resolved { mfn, .. }, typed) = resolve(hv, domain, Gfn(gfn), access, writes)?;
+    if writes && typed != Some(true) {
+        put(hv, mfn, false);
+        return Err(GrantStatus::GENERAL_ERROR);
+    }
+    Ok(mfn)
 }
 
 /// Finds a frame and takes a reference on it, with the writable type where it is wanted and can be had
@@ -728,7 +867,7 @@ fn by_frame_is_own(side: &CopyPtr, by_grant: bool) -> Result<(), GrantStatus> {
 
 /// What an entry in a given state gives; of a transitive one, what its far entry gives, which this does
 /// not know.
-#[inline]
+#[inline(always)]
 fn span_of(entry: &Entry<'_>, state: State) -> Span {
     if state.is_partial() && !state.is_transitive() {
         let (start, length) = entry.extra().range();
@@ -740,7 +879,7 @@ fn span_of(entry: &Entry<'_>, state: State) -> Span {
 
 /// The part that a sub-page entry grants, as it is written, read once. Of the offset 15 bits are kept
 /// (spec 2.3), so that a use with more bits is never found unchanged when it is to become a write.
-#[inline]
+#[inline(always)]
 fn sub_page_of(entry: &Entry<'_>, flags: EntryFlags) -> Option<Extra> {
     match &entry.shared {
         SharedEntry::V2(shared) if flags.contains(EntryFlags::SUB_PAGE) => {

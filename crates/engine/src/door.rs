@@ -16,10 +16,10 @@ use gnttab_abi::{
     Op, QuerySize, SetVersion, SetupTable, SwapGrantRef, Transfer, Truncated, UnmapAndReplace, UnmapGrantRef,
 };
 
-use crate::ahead::Ahead;
-use crate::args::{Args, Arguments, LARGEST, Raw};
+use crate::ahead;
+use crate::args::{Args, Arguments, LARGEST, Raw, Window};
 use crate::cache::Flushed;
-use crate::copy::Run;
+use crate::copy::{Run, shares_nothing};
 use crate::domain::{Reference, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{DomainKind, Hypervisor};
@@ -69,7 +69,8 @@ pub trait GuestMemory {
 
     /// The pages that `bytes` bytes at `addr` lie in, if they lie one behind the other in the embedder's memory
     /// too and the guest may read and write them, and how far behind their start. Arguments are then read and
-    /// written there, with no further question. `None`, the default, where that cannot be said of all.
+    /// written there, with no further question, not even whether they are plausible. `None`, the default, where that
+    /// cannot be said of all.
     #[inline(always)]
     fn pages(&self, addr: u64, bytes: u64) -> Option<(&[PageWords], usize)> {
         let _ = (addr, bytes);
@@ -188,7 +189,7 @@ fn yield_before(index: u32, yield_now: &mut (impl FnMut() -> bool + ?Sized)) -> 
     }
 }
 
-impl<H, M, Y> Door<'_, '_, H, M, Y>
+impl<'m, H, M, Y> Door<'m, '_, H, M, Y>
 where
     H: Hypervisor,
     M: GuestMemory + ?Sized,
@@ -240,11 +241,7 @@ where
         // 5
         let op = op.filter(|op| self.dispatches(*op)).ok_or(Errno::NoSys)?;
         self.allowed(op)?;
-        // 6
-        if is_array(op) {
-            self.plausible(u64::from(count) * self.item_size() as u64)?;
-        }
-        // 7
+        // 6 is with the operations that take arrays, 7
         match op {
             Op::MapGrantRef => self.map(),
             Op::UnmapGrantRef => self.unmap(),
@@ -283,6 +280,21 @@ where
         }
     }
 
+    /// Step 6: whether the array may lie where it is said to.
+    fn array_plausible(&self, size: usize) -> Result<(), Errno> {
+        self.plausible(u64::from(self.call.count) * size as u64)
+    }
+
+    /// The array, if it can be reached directly, and if not, step 6.
+    #[inline(always)]
+    fn window(&self, size: usize) -> Result<Option<Window<'m>>, Errno> {
+        let window = self.args.window(self.call.count, size);
+        if window.is_none() {
+            self.array_plausible(size)?;
+        }
+        Ok(window)
+    }
+
     fn plausible(&self, bytes: u64) -> Result<(), Errno> {
         if self.memory.plausible(self.call.addr, bytes) {
             Ok(())
@@ -308,7 +320,7 @@ where
     }
 
     fn map(&mut self) -> Result<(), Stop> {
-        match self.args.window(self.call.count, MapGrantRef::size(self.abi)) {
+        match self.window(MapGrantRef::size(self.abi))? {
             Some(window) => self.map_all(window),
             None => self.map_all(self.args),
         }
@@ -318,24 +330,22 @@ where
     fn map_all(&mut self, args: impl Arguments) -> Result<(), Stop> {
         let (abi, size, count) = (self.abi, MapGrantRef::size(self.abi), self.call.count);
         let now = self.cpu.engine.hv.now();
-        let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
-        let mut ahead: Option<Ahead<MapGrantRef>> = Ahead::of(count);
-        for index in 0..count {
-            yield_before(index, self.yield_now)?;
-            if let Some(ahead) = &mut ahead
-                && Ahead::<MapGrantRef>::is_due(index)
-            {
-                leave_now_and_then(&mut visit, index);
-                ahead.step(&mut visit, caller.domain, index, count, args);
+        let (mut visit, caller) = (self.cpu.visit(&self.vcpu.domain), self.vcpu.caller());
+        for few in ahead::in_steps(count) {
+            leave_now_and_then(&mut visit, few.start);
+            ahead::look::<MapGrantRef, H>(&mut visit, caller.domain, few.start, count, args);
+            for index in few {
+                yield_before(index, self.yield_now)?;
+                let mut raw = [0; LARGEST];
+                args.read(index, size, &mut raw)?;
+                let item = decoded(MapGrantRef::decode(abi, &raw))?;
+                let answer = visit.map_item(&caller, &item, now);
+                // An array of its own: the structure has no padding that had to stay.
+                let mut raw = [0; LARGEST];
+                answer.encode(abi, &mut raw).map_err(|_| Errno::Fault)?;
+                // What comes before is as it was.
+                args.write(index, size, 16, raw)?;
             }
-            let mut raw = [0; LARGEST];
-            args.read(index, size, &mut raw)?;
-            let item = decoded(MapGrantRef::decode(abi, &raw))?;
-            let answer = visit.map_item(&caller, &item, now);
-            // An array of its own: the structure has no padding that had to stay.
-            let mut raw = [0; LARGEST];
-            answer.encode(abi, &mut raw).map_err(|_| Errno::Fault)?;
-            args.write(index, size, raw)?;
         }
         Ok(())
     }
@@ -361,7 +371,7 @@ where
         size: usize,
         decode: impl Fn(&Raw) -> Result<Request, Errno>,
     ) -> Result<(), Stop> {
-        match self.args.window(self.call.count, size) {
+        match self.window(size)? {
             Some(window) => self.unmap_groups(window, op, size, decode),
             None => self.unmap_groups(self.args, op, size, decode),
         }
@@ -400,7 +410,7 @@ where
     ) -> Result<u32, Stop> {
         let count = self.call.count - first;
         let items = u32::try_from(N).map_or(count, |most| most.min(count));
-        let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
+        let (mut visit, caller) = (self.cpu.visit(&self.vcpu.domain), self.vcpu.caller());
         let mut group: Group<N> = Group::new();
         let mut first_phase = || -> Result<(), Errno> {
             for index in first..first + items {
@@ -426,6 +436,7 @@ where
     }
 
     fn transfer(&mut self) -> Result<(), Stop> {
+        self.array_plausible(Transfer::size(self.abi))?;
         self.transfer_is_on()?;
         for index in 0..self.call.count {
             yield_before(index, self.yield_now)?;
@@ -438,7 +449,7 @@ where
 
     /// A caller's copies whose arguments are wide.
     fn copy(&mut self) -> Result<(), Stop> {
-        match self.args.window(self.call.count, Copy::size(Abi::X86_64)) {
+        match self.window(Copy::size(Abi::X86_64))? {
             Some(window) => self.copy_all(window),
             None => self.copy_all(self.args),
         }
@@ -448,23 +459,21 @@ where
     fn copy_all(&mut self, args: impl Arguments) -> Result<(), Stop> {
         const SIZE: usize = Copy::size(Abi::X86_64);
         let (count, yield_now) = (self.call.count, &mut *self.yield_now);
-        let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
+        let (mut visit, caller) = (self.cpu.visit(&self.vcpu.domain), self.vcpu.caller());
         let mut run = Run::new();
-        let mut ahead: Option<Ahead<Copy>> = Ahead::of(count);
         let mut items = || -> Result<(), Stop> {
-            for index in 0..count {
-                yield_before(index, yield_now)?;
-                if let Some(ahead) = &mut ahead
-                    && Ahead::<Copy>::is_due(index)
-                {
-                    leave_now_and_then(&mut visit, index);
-                    ahead.step(&mut visit, caller.domain, index, count, args);
+            for few in ahead::in_steps(count) {
+                leave_now_and_then(&mut visit, few.start);
+                ahead::look::<Copy, H>(&mut visit, caller.domain, few.start, count, args);
+                for index in few {
+                    yield_before(index, yield_now)?;
+                    let mut raw = [0; LARGEST];
+                    args.read(index, SIZE, &mut raw)?;
+                    let item = decoded(Copy::decode(Abi::X86_64, &raw))?;
+                    let alone = is_alone(args, index, count, &item);
+                    let status = visit.copy_item(&caller, &mut run, &item, alone);
+                    args.write_status(index, SIZE, 36, status)?;
                 }
-                let mut raw = [0; LARGEST];
-                args.read(index, SIZE, &mut raw)?;
-                let item = decoded(Copy::decode(Abi::X86_64, &raw))?;
-                let status = visit.copy_item(&caller, &mut run, &item);
-                args.write_status(index, SIZE, 36, status)?;
             }
             Ok(())
         };
@@ -480,7 +489,7 @@ where
         if count > i32::MAX.cast_unsigned() {
             return Err(Errno::Inval.into());
         }
-        self.plausible(u64::from(count) * self.item_size() as u64)?;
+        self.array_plausible(self.item_size())?;
         if count == 0 {
             return Ok(());
         }
@@ -517,7 +526,7 @@ where
                 statuses.push(self.cpu.transfer_item(self.vcpu, &item));
             }
         } else {
-            let (mut visit, caller) = (self.cpu.visit(), self.vcpu.caller());
+            let (mut visit, caller) = (self.cpu.visit(&self.vcpu.domain), self.vcpu.caller());
             let mut run = Run::new();
             for (raw, index) in raws.iter().zip(first..) {
                 if stop(index, self.yield_now) {
@@ -527,7 +536,10 @@ where
                 let Ok(item) = Copy::decode(self.abi, raw) else {
                     break;
                 };
-                statuses.push(visit.copy_item(&caller, &mut run, &item));
+                let next = raws.get((index - first) as usize + 1);
+                let next = next.and_then(|raw| Copy::decode(self.abi, raw).ok());
+                let alone = next.is_none_or(|next| shares_nothing(&item, &next));
+                statuses.push(visit.copy_item(&caller, &mut run, &item, alone));
             }
             visit.end_copy(&mut run);
         }
@@ -562,7 +574,7 @@ where
             Err(status) => status,
         };
         item.encode(self.abi, &mut raw).map_err(|_| Errno::Fault)?;
-        Ok(self.args.write(0, size, raw)?)
+        Ok(self.args.write(0, size, 0, raw)?)
     }
 
     fn one_only(&self) -> Result<(), Errno> {
@@ -600,7 +612,7 @@ where
         if count > i32::MAX.cast_unsigned() {
             return Err(Errno::Inval.into());
         }
-        self.plausible(u64::from(count) * self.item_size() as u64)?;
+        self.array_plausible(self.item_size())?;
         if count == 0 {
             return Ok(());
         }
@@ -663,7 +675,7 @@ where
         if count > i32::MAX.cast_unsigned() {
             return Err(Errno::Inval.into());
         }
-        self.plausible(u64::from(count) * self.item_size() as u64)?;
+        self.array_plausible(self.item_size())?;
         if count == 0 {
             return Ok(());
         }
@@ -704,6 +716,7 @@ where
     }
 
     fn swap(&mut self) -> Result<(), Stop> {
+        self.array_plausible(SwapGrantRef::size(self.abi))?;
         for index in 0..self.call.count {
             yield_before(index, self.yield_now)?;
             let item = decoded(SwapGrantRef::decode(self.abi, &self.read(index)?))?;
@@ -727,6 +740,7 @@ where
     }
 
     fn cache_flush(&mut self) -> Result<(), Stop> {
+        self.array_plausible(CacheFlush::size(self.abi))?;
         let mut from = self.call.command.opaque();
         for index in 0..self.call.count {
             yield_before(index, self.yield_now)?;
@@ -752,6 +766,17 @@ fn decoded<T>(item: Result<T, Truncated>) -> Result<T, Errno> {
     item.map_err(|_| Errno::Fault)
 }
 
+/// Whether the copy behind item `index` does not look as if it wanted a side of the item's again.
+#[inline(always)]
+fn is_alone(args: impl Arguments, index: u32, count: u32, item: &Copy) -> bool {
+    if index + 1 >= count {
+        return true;
+    }
+    let next = args.glimpse(index + 1, Copy::size(Abi::X86_64));
+    next.and_then(|raw| Copy::decode(Abi::X86_64, &raw).ok())
+        .is_some_and(|next| shares_nothing(item, &next))
+}
+
 /// Leaves the table before every [`LEAVE_AFTER`]th item.
 #[inline(always)]
 fn leave_now_and_then<H: Hypervisor>(visit: &mut Visit<'_, H>, index: u32) {
@@ -774,18 +799,5 @@ fn hvm_may_call(command: Command) -> bool {
                 | Op::GetVersion
                 | Op::SwapGrantRef
         )
-    )
-}
-
-fn is_array(op: Op) -> bool {
-    matches!(
-        op,
-        Op::MapGrantRef
-            | Op::UnmapGrantRef
-            | Op::Transfer
-            | Op::Copy
-            | Op::UnmapAndReplace
-            | Op::SwapGrantRef
-            | Op::CacheFlush
     )
 }

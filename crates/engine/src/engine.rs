@@ -97,10 +97,10 @@ impl<'e, H: Hypervisor> Processor<'e, H> {
         self.engine.registry.enter(self.slot, id)
     }
 
-    /// Starts on a way through tables. The exclusive borrow keeps it to one at a time.
+    /// Starts on a way through tables on a domain's behalf. The exclusive borrow keeps it to one at a time.
     #[inline]
-    pub(crate) fn visit(&mut self) -> Visit<'_, H> {
-        Visit::new(self.engine, self.slot)
+    pub(crate) fn visit<'v>(&'v mut self, visitor: &'v Domain<H>) -> Visit<'v, H> {
+        Visit::new(self.engine, self.slot, visitor)
     }
 
     /// A domain by number with a count of its own, without any lock.

@@ -228,7 +228,7 @@ pub trait Hypervisor: Send + Sync + Sized {
     fn put_writable(&self, mfn: Mfn);
 
     /// Whether [`Hypervisor::copy`] is called from inside a table, as the other functions are. It may wait for
-    /// nothing then; who wants a table alone waits for the bytes of one copy at most. Otherwise, which is the
+    /// nothing then; who wants a table alone, or the same entry, waits for the bytes of one copy at most. Otherwise, which is the
     /// default, the table is left for each copy and entered again, which takes as long as some hundred bytes.
     const COPY_INSIDE: bool = false;
 

@@ -8,18 +8,18 @@ use gnttab_abi::{
     DomId, EntryFlags, Gfn, GrantHandle, GrantRef, GrantStatus, MapFlags, MapGrantRef, Mfn, Op,
 };
 
-use crate::active::{Pins, State, UseKind};
+use crate::active::{Active, Pins, State, UseKind};
 use crate::caller::Caller;
 use crate::claim::{Wanted, begin_use, clear_marks, end_use, marks_to_clear};
 use crate::domain::{Domain, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{
-    Access, DomainKind, FrameOwner, Hook, HostMapping, HostUnmapping, Hypervisor, ResolveError, Resolved,
+    Access, FrameOwner, Hook, HostMapping, HostUnmapping, Hypervisor, ResolveError, Resolved,
 };
 use crate::iommu;
 use crate::maptrack::Record;
 use crate::registry::{LEAVE_AFTER, Room, Visit};
-use crate::table::Entry;
+use crate::table::{Entry, SharedEntry};
 
 /// The access that flags ask for.
 #[inline]
@@ -31,16 +31,10 @@ pub(crate) fn access_of(flags: MapFlags) -> Access {
     }
 }
 
-/// The two kinds of mapping that drivers make. Map and unmap are code of their own for each, in which what the
-/// flags decide is decided.
+/// The two kinds of mapping that drivers make. They are code of their own, in which what the flags decide is
+/// decided.
 pub(crate) const WRITABLE: MapFlags = MapFlags::HOST_MAP;
 pub(crate) const READABLE: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
-
-/// Whether a host mapping takes the writable page type (spec 3.3 step 14c, 4.5).
-#[inline]
-pub(crate) fn takes_type(access: Access, grantee: DomainKind, granter: DomainKind, itself: bool) -> bool {
-    access == Access::Write && grantee != DomainKind::Arm && (!granter.is_external() || itself)
-}
 
 pub(crate) fn status_of(error: ResolveError) -> GrantStatus {
     match error {
@@ -79,7 +73,7 @@ impl<H: Hypervisor> Processor<'_, H> {
     /// ```
     pub fn map(&mut self, vcpu: &Vcpu<H>, items: &mut [MapGrantRef]) {
         let now = self.engine.hv.now();
-        let (mut visit, caller) = (self.visit(), vcpu.caller());
+        let (mut visit, caller) = (self.visit(&vcpu.domain), vcpu.caller());
         for items in items.chunks_mut(LEAVE_AFTER) {
             visit.leave();
             for item in items {
@@ -92,17 +86,21 @@ impl<H: Hypervisor> Processor<'_, H> {
 impl<H: Hypervisor> Visit<'_, H> {
     #[inline(always)]
     pub(crate) fn map_item(&mut self, caller: &Caller<'_, H>, item: &MapGrantRef, now: u64) -> MapGrantRef {
-        self.begin_item();
-        let done = if item.flags == WRITABLE {
-            self.map_one(caller, item, WRITABLE, now, false)
+        let first = if item.flags == WRITABLE {
+            self.map_first(caller, item, Access::Write, now)
         } else if item.flags == READABLE {
-            self.map_one(caller, item, READABLE, now, false)
+            self.map_first(caller, item, Access::Read, now)
         } else {
-            self.map_any(caller, *item, now, false)
+            Err(Rest::All)
         };
-        let (status, handle, dev_bus_addr) = match done {
+        let (status, handle, dev_bus_addr) = match first {
             Ok((handle, mfn)) => (GrantStatus::OKAY, handle, mfn.address()),
-            Err(status) => (status, item.handle, item.dev_bus_addr),
+            Err(rest) => {
+                match self.map_rest(caller, item.host_addr, item.flags, item.gref, item.dom, now, rest) {
+                    Ok((handle, mfn)) => (GrantStatus::OKAY, handle, mfn.address()),
+                    Err(status) => (status, item.handle, item.dev_bus_addr),
+                }
+            }
         };
         let (peer, gref) = (Some(item.dom), Some(item.gref));
         caller.answer(&self.engine.hv, Op::MapGrantRef, peer, gref, status);
@@ -114,33 +112,156 @@ impl<H: Hypervisor> Visit<'_, H> {
         }
     }
 
-    /// As [`Visit::map_one`], whatever the flags.
-    #[inline(never)]
-    fn map_any(
-        &mut self,
-        caller: &Caller<'_, H>,
-        item: MapGrantRef,
-        now: u64,
-        gathered: bool,
-    ) -> Result<(GrantHandle, Mfn), GrantStatus> {
-        self.map_one(caller, &item, item.flags, now, gathered)
-    }
-
-    /// Steps 1 to 17 with the item's flags.
+    /// All steps of what most mappings are: of a domain's own memory, through an entry that nobody uses.
     #[inline(always)]
-    fn map_one(
+    fn map_first(
         &mut self,
         caller: &Caller<'_, H>,
         item: &MapGrantRef,
+        access: Access,
+        now: u64,
+    ) -> Result<(GrantHandle, Mfn), Rest> {
+        let hv = &self.engine.hv;
+        let (domain, flags) = (caller.domain, item.flags);
+        let granter = self.enter_or_stay(item.dom).ok_or(Rest::All)?;
+        let free = caller.handles.first().ok_or(Rest::All)?;
+        let entry = granter.view.entry(item.gref).ok_or(Rest::All)?;
+        if !entry.active.is_unused() {
+            return Err(Rest::All);
+        }
+        // 4
+        if !hv.may_map(domain.private(), granter.private(), flags) {
+            return Err(Rest::Refused(GrantStatus::PERMISSION_DENIED));
+        }
+        hv.hook(Hook::HandlePeek);
+        // 7 to 9
+        let claim = entry.active.claim(State::default()).ok_or(Rest::All)?;
+        begin_use(hv, &entry.shared, false, domain.id(), access, Wanted::Whole)
+            .map_err(|_| Rest::Refused(GrantStatus::GENERAL_ERROR))?;
+        hv.hook(Hook::MapValidated);
+        // 10, and of 12 to 14 what comes with the look-up
+        let gfn = Gfn(entry.shared.load_frame());
+        let typed = granter.takes_type(access);
+        let found = if typed {
+            hv.resolve_writable(granter.private(), gfn)
+        } else {
+            hv.resolve(granter.private(), gfn, access)
+                .map(|found| (found, false))
+        };
+        let (Resolved { mfn, owner }, had) = match found {
+            Ok(found) => found,
+            Err(error) => {
+                end_use(&entry.shared, State::default(), access);
+                return Err(Rest::Refused(status_of(error)));
+            }
+        };
+        claim.publish_first(
+            mfn,
+            State::first(domain.id(), UseKind::Whole, Pins::of_mapping(flags)),
+        );
+        hv.hook(Hook::MapPinned);
+        if owner != FrameOwner::Domain(item.dom) || had != typed {
+            return Err(Rest::Install(mfn, (owner, typed.then_some(had))));
+        }
+        // 14
+        let mapping = HostMapping {
+            addr: item.host_addr,
+            mfn,
+            flags,
+            cache: EntryFlags::empty(),
+            granter: item.dom,
+        };
+        if hv.map_host(domain.private(), &mapping).is_err() {
+            return Err(Rest::Undo(mfn, false));
+        }
+        // 16
+        if item.dom != domain.id()
+            && hv.iommu_follows(domain.private())
+            && iommu::add(hv, domain, mfn, access).is_err()
+        {
+            return Err(Rest::Undo(mfn, true));
+        }
+        // 17
+        hv.hook(Hook::MapPublish);
+        caller.handles.take(free);
+        Ok((free.publish(record_of(item), now), mfn))
+    }
+
+    /// What is left to do of an item. It comes in parts, so that it needs no place in memory otherwise.
+    #[inline(never)]
+    #[expect(clippy::too_many_arguments, reason = "the parts of an item")]
+    fn map_rest(
+        &mut self,
+        caller: &Caller<'_, H>,
+        host_addr: u64,
         flags: MapFlags,
+        gref: GrantRef,
+        dom: DomId,
+        now: u64,
+        rest: Rest,
+    ) -> Result<(GrantHandle, Mfn), GrantStatus> {
+        let item = MapGrantRef {
+            host_addr,
+            flags,
+            gref,
+            dom,
+            ..MapGrantRef::default()
+        };
+        let (mfn, found) = match rest {
+            Rest::All => {
+                self.begin_item();
+                return self.map_any(caller, &item, now, false);
+            }
+            Rest::Refused(status) => return Err(status),
+            Rest::Install(mfn, found) => (mfn, Ok(found)),
+            Rest::Undo(mfn, host) => (mfn, Err(host)),
+        };
+        let engine = self.engine;
+        let (hv, domain) = (&engine.hv, caller.domain);
+        // Still the table of before, which the pin keeps.
+        let granter = self.enter(dom).ok_or(GrantStatus::GENERAL_ERROR)?;
+        let mapping = Mapping::new(hv, domain, granter, &item);
+        // The handle that was there before.
+        let free = caller.handles.allocate();
+        let installed = match (free, found) {
+            (Some(free), Ok(found)) => mapping.install_all(mfn, Some(found)).map(|()| free),
+            (_, found) => Err(mapping.unmade(
+                mfn,
+                &Taken {
+                    frames: 1,
+                    types: granter.takes_type(mapping.access).into(),
+                    found: None,
+                    host: found.is_err_and(|host| host),
+                },
+            )),
+        };
+        match installed {
+            Ok(free) => {
+                hv.hook(Hook::MapPublish);
+                Ok((free.publish(record_of(&item), now), mfn))
+            }
+            Err(undo) => {
+                if let Some(free) = free {
+                    caller.handles.release(free);
+                }
+                Err(self.undo(domain, undo))
+            }
+        }
+    }
+
+    /// Steps 1 to 17 one by one.
+    fn map_any(
+        &mut self,
+        caller: &Caller<'_, H>,
+        item: &MapGrantRef,
         now: u64,
         gathered: bool,
     ) -> Result<(GrantHandle, Mfn), GrantStatus> {
+        let flags = item.flags;
         let hv = &self.engine.hv;
         let domain = caller.domain;
         // 1, 2
-        let pins = Pins::of_mapping(flags);
-        if pins.is_empty() {
+        if Pins::of_mapping(flags).is_empty() {
             return Err(GrantStatus::BAD_GNTREF);
         }
         let pv_only = MapFlags::DEVICE_MAP | MapFlags::APPLICATION_MAP | MapFlags::CONTAINS_PTE;
@@ -155,28 +276,22 @@ impl<H: Hypervisor> Visit<'_, H> {
         // 5
         hv.hook(Hook::HandlePeek);
         let Some(free) = caller.handles.allocate() else {
-            return self.map_with_gathered(caller, *item, now, gathered);
+            return self.map_with_gathered(caller, item, now, gathered);
         };
-        let done = Mapping::new(hv, domain, granter, item, flags).make();
-        if done.is_err() {
+        // 6 to 16
+        let made = Mapping::new(hv, domain, granter, item).make();
+        if made.is_err() {
             caller.handles.release(free);
         }
-        let mfn = match done {
-            Ok(mfn) => mfn,
-            Err(Unmade::Refused(status)) => return Err(status),
-            Err(Unmade::Undo(undo)) => {
-                self.undo(domain, undo);
-                return Err(GrantStatus::GENERAL_ERROR);
+        match made {
+            // 17
+            Ok(mfn) => {
+                hv.hook(Hook::MapPublish);
+                Ok((free.publish(record_of(item), now), mfn))
             }
-        };
-        // 17
-        hv.hook(Hook::MapPublish);
-        let record = Record {
-            gref: item.gref,
-            granter: granter.id(),
-            flags,
-        };
-        Ok((free.publish(record, now), mfn))
+            Err(Unmade::Refused(status)) => Err(status),
+            Err(Unmade::Undo(undo)) => Err(self.undo(domain, undo)),
+        }
     }
 
     /// Step 5 once more, with what other vCPUs keep to themselves.
@@ -184,7 +299,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     fn map_with_gathered(
         &mut self,
         caller: &Caller<'_, H>,
-        item: MapGrantRef,
+        item: &MapGrantRef,
         now: u64,
         gathered: bool,
     ) -> Result<(GrantHandle, Mfn), GrantStatus> {
@@ -197,10 +312,11 @@ impl<H: Hypervisor> Visit<'_, H> {
         self.map_any(caller, item, now, true)
     }
 
-    /// Gives back what was taken; the pins go before the references that they stand for (CPY-6).
+    /// Gives back what was taken; the pins go before the references that they stand for (CPY-6). The status of
+    /// such an item.
     #[cold]
     #[inline(never)]
-    fn undo(&mut self, caller: &Domain<H>, undo: Undo) {
+    fn undo(&mut self, caller: &Domain<H>, undo: Undo) -> GrantStatus {
         let engine = self.engine;
         let hv = &engine.hv;
         if let Some(unmapping) = undo.unmapping {
@@ -213,7 +329,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         if let Some(granter) = inside
             && let Some(entry) = granter.view.entry(undo.gref)
         {
-            unpin(&entry, undo.pins, undo.access);
+            unpin(entry, entry.active.load(), undo.pins, undo.access);
         }
         (0..undo.types).for_each(|_| hv.put_writable(undo.mfn));
         (0..undo.frames).for_each(|_| hv.put_frame(undo.mfn));
@@ -221,6 +337,32 @@ impl<H: Hypervisor> Visit<'_, H> {
             self.leave();
             engine.reap(undo.granter);
         }
+        GrantStatus::GENERAL_ERROR
+    }
+}
+
+/// What is left to do of an item that was not mapped in one go.
+enum Rest {
+    /// All of it.
+    All,
+    /// Nothing.
+    Refused(GrantStatus),
+    /// Pinned, with what the look-up of its frame found: steps 11 to 17.
+    Install(Mfn, Found),
+    /// To undo it: pinned, with the reference and, where a mapping takes it, the type, and mapped or not.
+    Undo(Mfn, bool),
+}
+
+/// The owner of a frame that was referenced, and whether the writable type was had with it; `None`: not asked for.
+type Found = (FrameOwner, Option<bool>);
+
+/// The record of an item that was mapped.
+#[inline(always)]
+fn record_of(item: &MapGrantRef) -> Record {
+    Record {
+        gref: item.gref,
+        granter: item.dom,
+        flags: item.flags,
     }
 }
 
@@ -230,7 +372,6 @@ struct Mapping<'a, 'r, H: Hypervisor> {
     caller: &'a Domain<H>,
     granter: &'a Room<'r, H>,
     item: &'a MapGrantRef,
-    flags: MapFlags,
     pins: Pins,
     access: Access,
     /// Whether the host mapping takes the writable type of the granter's page.
@@ -240,25 +381,16 @@ struct Mapping<'a, 'r, H: Hypervisor> {
 }
 
 impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
-    #[inline(always)]
-    fn new(
-        hv: &'a H,
-        caller: &'a Domain<H>,
-        granter: &'a Room<'r, H>,
-        item: &'a MapGrantRef,
-        flags: MapFlags,
-    ) -> Self {
+    fn new(hv: &'a H, caller: &'a Domain<H>, granter: &'a Room<'r, H>, item: &'a MapGrantRef) -> Self {
+        let flags = item.flags;
         let access = access_of(flags);
-        let itself = granter.id() == caller.id();
-        let host_type =
-            flags.contains(MapFlags::HOST_MAP) && takes_type(access, caller.kind(), granter.kind(), itself);
+        let host_type = flags.contains(MapFlags::HOST_MAP) && granter.takes_type(access);
         let device_type = flags.contains(MapFlags::DEVICE_MAP) && access == Access::Write;
         Mapping {
             hv,
             caller,
             granter,
             item,
-            flags,
             pins: Pins::of_mapping(flags),
             access,
             host_type,
@@ -266,7 +398,6 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         }
     }
 
-    #[inline(always)]
     fn make(&self) -> Result<Mfn, Unmade> {
         // 6
         let entry = self.granter.view.entry_to_use(self.item.gref)?;
@@ -293,6 +424,14 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
                 Some((self.hv.get_frame(mfn)?, None))
             }
         });
+        match self.install_all(mfn, found) {
+            Ok(()) => Ok(mfn),
+            Err(undo) => Err(Unmade::Undo(undo)),
+        }
+    }
+
+    /// Steps 11 to 16 for an entry that is pinned; `None`: its frame could not be referenced.
+    fn install_all(&self, mfn: Mfn, found: Option<Found>) -> Result<(), Undo> {
         let (owner, typed) = found.map_or((None, None), |(owner, typed)| (Some(owner), typed));
         let mut taken = Taken {
             frames: u32::from(owner.is_some()),
@@ -300,45 +439,37 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
             found: typed,
             host: false,
         };
-        // 11, 13 to 16
-        let Err(Failed) = self.install(&entry, mfn, owner, &mut taken) else {
-            return Ok(mfn);
-        };
+        self.install(mfn, owner, &mut taken)
+            .map_err(|Failed| self.unmade(mfn, &taken))
+    }
+
+    /// What is to be given back of an item that fails.
+    fn unmade(&self, mfn: Mfn, taken: &Taken) -> Undo {
         self.hv.hook(Hook::MapUnwind);
         let unmapping = taken.host.then_some(HostUnmapping {
             addr: self.item.host_addr,
             new_addr: 0,
             mfn,
-            flags: self.flags,
+            flags: self.item.flags,
         });
-        Err(Unmade::Undo(Undo {
+        Undo {
             granter: self.granter.id(),
             gref: self.item.gref,
             pins: self.pins,
-            access,
+            access: self.access,
             mfn,
             unmapping,
             types: taken.types,
             frames: taken.frames,
-        }))
+        }
     }
 
     /// Steps 13 to 16: references, types and mappings.
-    #[inline(always)]
-    fn install(
-        &self,
-        entry: &Entry<'_>,
-        mfn: Mfn,
-        owner: Option<FrameOwner>,
-        taken: &mut Taken,
-    ) -> Result<(), Failed> {
+    fn install(&self, mfn: Mfn, owner: Option<FrameOwner>, taken: &mut Taken) -> Result<(), Failed> {
         let Mapping {
-            hv,
-            caller,
-            granter,
-            flags,
-            ..
+            hv, caller, granter, ..
         } = self;
+        let flags = self.item.flags;
         let access = self.access;
         let host = flags.contains(MapFlags::HOST_MAP);
         let device = flags.contains(MapFlags::DEVICE_MAP);
@@ -351,8 +482,9 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
                 }
                 if host {
                     // 11: the cache bits as they are now
+                    let entry = granter.view.shared(self.item.gref).ok_or(Failed)?;
                     let cache = EntryFlags::PWT | EntryFlags::PCD | EntryFlags::PAT;
-                    self.map_host(mfn, entry.shared.load_head().flags & cache, taken)?;
+                    self.map_host(mfn, entry.load_head().flags & cache, taken)?;
                 }
             }
             // 14
@@ -384,7 +516,6 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         Ok(())
     }
 
-    #[inline(always)]
     fn take_type(&self, mfn: Mfn, taken: &mut Taken) -> Result<(), Failed> {
         if let Some(had) = taken.found.take() {
             return if had { Ok(()) } else { Err(Failed) };
@@ -396,12 +527,11 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
         Ok(())
     }
 
-    #[inline(always)]
     fn map_host(&self, mfn: Mfn, cache: EntryFlags, taken: &mut Taken) -> Result<(), Failed> {
         let mapping = HostMapping {
             addr: self.item.host_addr,
             mfn,
-            flags: self.flags,
+            flags: self.item.flags,
             cache,
             granter: self.granter.id(),
         };
@@ -488,13 +618,25 @@ pub(crate) fn pin<H: Hypervisor, R>(
     }
 }
 
-/// Lowers pins and tells the shared entry if that ends a use (spec 4.3).
+/// Lowers pins in a state that was `seen`, and tells the shared entry if that ends a use (spec 4.3).
 #[inline(always)]
-pub(crate) fn unpin(entry: &Entry<'_>, pins: Pins, ended: Access) {
-    entry.active.drop_pins(
-        entry.active.load(),
+pub(crate) fn unpin(entry: Entry<'_>, seen: State, pins: Pins, ended: Access) {
+    // Nearly always it is the only use.
+    if seen.is_just(pins)
+        && let Some(claim) = entry.active.claim(seen)
+    {
+        end_use(&entry.shared, State::default(), ended);
+        return claim.publish_unused();
+    }
+    unpin_one_of(entry.active, entry.shared, seen, pins, ended);
+}
+
+#[inline(never)]
+fn unpin_one_of(active: Active<'_>, shared: SharedEntry<'_>, seen: State, pins: Pins, ended: Access) {
+    active.drop_pins(
+        seen,
         pins,
         |left| marks_to_clear(left, ended),
-        |marks| clear_marks(&entry.shared, marks),
+        |marks| clear_marks(&shared, marks),
     );
 }

@@ -23,7 +23,7 @@ use core::cell::Cell;
 
 use gnttab_abi::{DomId, GrantHandle, GrantRef, MapFlags};
 
-use crate::bound::{behind, below};
+use crate::bound::{below, is_within};
 use crate::lazy::Lazy;
 use crate::segments::Segments;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering, spin_loop};
@@ -80,6 +80,7 @@ impl Page {
 #[derive(Clone, Copy)]
 struct Slot<'a> {
     page: &'a Page,
+    /// Taken modulo the records of a page.
     index: usize,
 }
 
@@ -288,7 +289,6 @@ impl Maptrack {
     fn slot(&self, handle: GrantHandle) -> Option<Slot<'_>> {
         let index = below(handle.0, self.limit())?;
         let page = self.pages.get(index / RECORDS_PER_PAGE as usize)?.get(0)?;
-        let index = index % RECORDS_PER_PAGE as usize;
         Some(Slot { page, index })
     }
 
@@ -378,18 +378,28 @@ impl<'a> Handles<'a> {
     /// keep to themselves (see [`Maptrack::gather`]).
     #[inline(always)]
     pub(crate) fn allocate(&self) -> Option<Free<'a>> {
-        let own = self.own();
-        if let Some(own) = own
-            && let Some(handle) = own.top.load(Ordering::Relaxed).checked_sub(1).map(GrantHandle)
-            && let Some(slot) = self.slot(handle)
-        {
-            own.top
-                .store(slot.other().load(Ordering::Relaxed), Ordering::Relaxed);
-            let length = own.length.load(Ordering::Relaxed);
-            own.length.store(length.wrapping_sub(1), Ordering::Relaxed);
-            return Some(Free { handle, slot });
+        if let Some(free) = self.first() {
+            self.take(free);
+            return Some(free);
         }
-        self.maptrack.allocate_common(own)
+        self.maptrack.allocate_common(self.own())
+    }
+
+    /// The first free handle of the vCPU's own, which stays where it is; called from inside a table.
+    #[inline(always)]
+    pub(crate) fn first(&self) -> Option<Free<'a>> {
+        let handle = GrantHandle(self.own()?.top.load(Ordering::Relaxed).checked_sub(1)?);
+        let slot = self.slot(handle)?;
+        Some(Free { handle, slot })
+    }
+
+    /// Takes what [`Handles::first`] gave, with nothing done to the list, and no table left, in between.
+    #[inline(always)]
+    pub(crate) fn take(&self, first: Free<'a>) {
+        let next = first.slot.other().load(Ordering::Relaxed);
+        self.own.top.store(next, Ordering::Relaxed);
+        let length = self.own.length.load(Ordering::Relaxed);
+        self.own.length.store(length.wrapping_sub(1), Ordering::Relaxed);
     }
 
     /// Gives a handle back; called from inside a table.
@@ -411,8 +421,9 @@ impl<'a> Handles<'a> {
     fn slot(&self, handle: GrantHandle) -> Option<Slot<'a>> {
         loop {
             if let Some((first, page)) = self.last.get()
-                && let Some(index) = behind(handle.0, first, RECORDS_PER_PAGE)
+                && is_within(handle.0, first, RECORDS_PER_PAGE)
             {
+                let index = handle.0 as usize;
                 return Some(Slot { page, index });
             }
             self.look_into_page_of(handle)?;
@@ -447,16 +458,28 @@ pub(crate) struct Live<'a> {
 }
 
 impl<'a> Live<'a> {
+    /// As [`Live::claim`], if nobody else is at it.
+    #[inline(always)]
+    pub(crate) fn claim_at_once(self) -> Option<RecordClaim<'a>> {
+        let Live { handle, slot, .. } = self;
+        let idle = self.word & !Record::BUSY;
+        take(slot.word(), idle).then(|| RecordClaim {
+            free: Free { handle, slot },
+            left: idle,
+        })
+    }
+
     /// Takes the record for one unmap, if it still says the same.
     #[inline(always)]
     pub(crate) fn claim(self) -> Option<RecordClaim<'a>> {
-        let Live { handle, slot, .. } = self;
         let idle = self.word & !Record::BUSY;
-        if !take(slot.word(), idle) && !take_later(slot.word(), idle) {
-            return None;
-        }
-        let free = Free { handle, slot };
-        Some(RecordClaim { free, left: idle })
+        self.claim_at_once().or_else(|| {
+            let Live { handle, slot, .. } = self;
+            take_later(slot.word(), idle).then(|| RecordClaim {
+                free: Free { handle, slot },
+                left: idle,
+            })
+        })
     }
 }
 
@@ -500,6 +523,13 @@ impl<'a> RecordClaim<'a> {
     fn is_empty(&self) -> bool {
         let kinds = MapFlags::HOST_MAP | MapFlags::DEVICE_MAP;
         self.left & u64::from(kinds.bits()) << 48 == 0
+    }
+
+    /// Says that nothing is left; the handle.
+    #[inline]
+    pub(crate) fn end(mut self) -> Free<'a> {
+        self.left = 0;
+        self.free
     }
 
     /// Says what is left; the handle, if nothing is.

@@ -24,7 +24,7 @@ use gnttab_abi::DomId;
 use crate::bound::below;
 use crate::domain::Domain;
 use crate::engine::Engine;
-use crate::hypervisor::Hypervisor;
+use crate::hypervisor::{Access, DomainKind, Hypervisor};
 use crate::presence::{Presence, Slot};
 use crate::segments::Segments;
 use crate::sync::{AtomicPtr, Knock, Mutex, Ordering};
@@ -224,6 +224,8 @@ impl<H: Hypervisor> Drop for Inside<'_, H> {
 pub(crate) struct Visit<'a, H: Hypervisor> {
     pub(crate) engine: &'a Engine<H>,
     slot: &'a Slot,
+    /// On whose behalf.
+    visitor: &'a Domain<H>,
     inside: Option<Room<'a, H>>,
 }
 
@@ -235,6 +237,23 @@ pub(crate) const LEAVE_AFTER: usize = 64;
 pub(crate) struct Room<'a, H: Hypervisor> {
     domain: &'a Domain<H>,
     pub(crate) view: View<'a, H::TablePage>,
+    /// Whether a writable host mapping of the visitor's takes the writable type of the granter's page (spec 3.3
+    /// step 14c, 4.5).
+    typed: bool,
+}
+
+impl<H: Hypervisor> Room<'_, H> {
+    /// Whether it is the domain that was judged, if one was.
+    #[inline(always)]
+    pub(crate) fn is(&self, judged: Option<&Domain<H>>) -> bool {
+        judged.is_none_or(|judged| ptr::eq(self.domain, judged))
+    }
+
+    /// Whether a host mapping of the visitor's takes the writable page type.
+    #[inline(always)]
+    pub(crate) fn takes_type(&self, access: Access) -> bool {
+        access == Access::Write && self.typed
+    }
 }
 
 impl<H: Hypervisor> Deref for Room<'_, H> {
@@ -246,10 +265,11 @@ impl<H: Hypervisor> Deref for Room<'_, H> {
 }
 
 impl<'a, H: Hypervisor> Visit<'a, H> {
-    pub(crate) fn new(engine: &'a Engine<H>, slot: &'a Slot) -> Visit<'a, H> {
+    pub(crate) fn new(engine: &'a Engine<H>, slot: &'a Slot, visitor: &'a Domain<H>) -> Visit<'a, H> {
         Visit {
             engine,
             slot,
+            visitor,
             inside: None,
         }
     }
@@ -274,31 +294,41 @@ impl<'a, H: Hypervisor> Visit<'a, H> {
         self.inside.as_ref()
     }
 
+    /// [`Visit::begin_item`] and [`Visit::enter`] in one.
+    #[inline(always)]
+    pub(crate) fn enter_or_stay(&mut self, id: DomId) -> Option<&Room<'a, H>> {
+        let stays = |room: &Room<'_, H>| room.id() == id && room.table.gate.is_open();
+        if self.inside.as_ref().is_some_and(stays) {
+            return self.inside.as_ref();
+        }
+        self.enter_another(id);
+        self.inside.as_ref()
+    }
+
     /// As [`Visit::enter`]; `None` also if the number is another domain's by now than the one that was
     /// `judged`.
     #[inline(always)]
     pub(crate) fn enter_judged(&mut self, (id, judged): (DomId, Option<&Domain<H>>)) -> Option<&Room<'a, H>> {
-        let room = self.enter(id)?;
-        judged
-            .is_none_or(|judged| ptr::eq(room.domain, judged))
-            .then_some(room)
+        self.enter(id).filter(|room| room.is(judged))
     }
 
     fn enter_another(&mut self, id: DomId) {
         // Left before another is entered: never two at a time (rule 1).
         self.leave();
         let found = self.engine.registry.find_inside(self.slot, id);
+        let (grantee, itself) = (self.visitor.kind(), self.visitor.id() == id);
         self.inside = found.map(|domain| Room {
             domain,
             view: domain.table.view(),
+            typed: grantee != DomainKind::Arm && (!domain.kind().is_external() || itself),
         });
     }
 
-    /// The domain whose table the processor is inside; if none, the one of that number.
+    /// The domain whose table the processor is inside; if none, the one of the number that `id` gives.
     #[inline(always)]
-    pub(crate) fn inside_any(&mut self, id: DomId) -> Option<&Room<'a, H>> {
+    pub(crate) fn inside_any(&mut self, id: impl FnOnce() -> Option<DomId>) -> Option<&Room<'a, H>> {
         if self.inside.is_none() {
-            self.enter_another(id);
+            self.enter_another(id()?);
         }
         self.inside.as_ref()
     }

@@ -107,7 +107,7 @@ impl PageWords {
 
     #[inline]
     pub(crate) fn u32(&self, index: usize) -> &AtomicU32 {
-        &self.words32[index]
+        &self.words32[index % self.words32.len()]
     }
 
     fn u64(&self, index: usize) -> Halves<'_> {
@@ -116,7 +116,7 @@ impl PageWords {
 
     #[inline]
     pub(crate) fn v2_frame(&self, slot: usize) -> &AtomicU64 {
-        &self.frames[slot]
+        &self.frames[slot % self.frames.len()]
     }
 
     /// The checker's words are no plain memory.
@@ -314,7 +314,7 @@ impl PageWords {
     /// range passes the end of its page. Overlapping ranges end as an ascending copy may leave
     /// them. Either side may be written by guests meanwhile: the bytes are data to nobody here.
     #[must_use]
-    #[inline]
+    #[inline(always)]
     pub fn copy(source: &PageWords, from: u16, dest: &PageWords, to: u16, len: u16) -> bool {
         let (from, to, len) = (usize::from(from), usize::from(to), usize::from(len));
         if from + len > PAGE_SIZE || to + len > PAGE_SIZE {
@@ -352,9 +352,15 @@ impl PageWords {
     /// used, the processor sees for itself where the reading goes.
     #[inline]
     pub fn fetch_bytes_to_read(&self, from: u16, len: u16) {
-        for line in 0..usize::from(len).div_ceil(LINE).min(LINES_AHEAD) {
-            let offset = (usize::from(from) + line * LINE) & (PAGE_SIZE - 1);
+        let line = |number: usize| {
+            let offset = (usize::from(from) + number * LINE) % PAGE_SIZE;
             fetch_to_read(self.u16(offset / 2));
+        };
+        if len > 0 {
+            line(0);
+        }
+        if usize::from(len) > LINE {
+            (1..usize::from(len).div_ceil(LINE).min(LINES_AHEAD)).for_each(line);
         }
     }
 
@@ -545,15 +551,12 @@ unsafe fn carry(from: *const u8, to: *mut u8, len: usize) {
     // direction flag is clear wherever Rust code runs.
     unsafe {
         match len {
-            0 => {}
-            1 => asm!("mov {a}, [{from}]", "mov [{to}], {a}",
-                from = in(reg) from, to = in(reg) to, a = out(reg_byte) _,
-                options(nostack, preserves_flags)),
-            2..=3 => ends!(reg, "mov", ":x", 2),
-            4..=7 => ends!(reg, "mov", ":e", 4),
-            8..=15 => ends!(reg, "mov", , 8),
-            16..=32 => ends!(xmm_reg, "movups", , 16),
-            33..=64 => asm!(
+            65.. => asm!(
+                "rep movsb",
+                inout("rcx") len => _, inout("rsi") from => _, inout("rdi") to => _,
+                options(nostack, preserves_flags),
+            ),
+            33.. => asm!(
                 "movups {a}, [{from}]",
                 "movups {b}, [{from} + 16]",
                 "movups {c}, [{from} + {len} - 32]",
@@ -566,11 +569,14 @@ unsafe fn carry(from: *const u8, to: *mut u8, len: usize) {
                 a = out(xmm_reg) _, b = out(xmm_reg) _, c = out(xmm_reg) _, d = out(xmm_reg) _,
                 options(nostack, preserves_flags),
             ),
-            _ => asm!(
-                "rep movsb",
-                inout("rcx") len => _, inout("rsi") from => _, inout("rdi") to => _,
-                options(nostack, preserves_flags),
-            ),
+            16.. => ends!(xmm_reg, "movups", , 16),
+            8.. => ends!(reg, "mov", , 8),
+            4.. => ends!(reg, "mov", ":e", 4),
+            2.. => ends!(reg, "mov", ":x", 2),
+            1 => asm!("mov {a}, [{from}]", "mov [{to}], {a}",
+                from = in(reg) from, to = in(reg) to, a = out(reg_byte) _,
+                options(nostack, preserves_flags)),
+            0 => {}
         }
     }
 }
@@ -603,7 +609,8 @@ impl PageWords {
 const V1_HEAD_WORDS: usize = 2;
 const V2_HEAD_WORDS: usize = 4;
 
-/// A version 1 entry in its page. Having one tells you: the index was inside the table.
+/// A version 1 entry in its page. Having one tells you: the index was inside the table. The slot is taken modulo the
+/// entries of a page.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct SharedV1<'a> {
@@ -680,14 +687,15 @@ impl<'a> SharedV1<'a> {
     }
 }
 
-/// A version 2 entry and its status word. Having one tells you: the index was inside the table.
+/// A version 2 entry and its status word. Having one tells you: the index was inside the table. The slot is taken
+/// modulo the entries of a page.
 ///
-/// The status word comes first: so the two versions have page and slot at the same place wherever it may be
-/// either, and only the status word tells them apart.
+/// The status words come first: so the two versions have page and slot at the same place wherever it may be
+/// either, and only the status words tell them apart.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct SharedV2<'a> {
-    status: &'a AtomicU16,
+    status: &'a StatusRow,
     page: &'a PageWords,
     slot: usize,
 }
@@ -695,11 +703,7 @@ pub(crate) struct SharedV2<'a> {
 impl<'a> SharedV2<'a> {
     #[inline]
     pub(crate) fn new(page: &'a PageWords, slot: usize, status: &'a StatusRow) -> Self {
-        SharedV2 {
-            status: &status[slot % STATUS_ROW],
-            page,
-            slot,
-        }
+        SharedV2 { status, page, slot }
     }
 
     #[inline]
@@ -707,11 +711,16 @@ impl<'a> SharedV2<'a> {
         self.page.u32(self.slot * V2_HEAD_WORDS)
     }
 
+    #[inline]
+    fn status(&self) -> &'a AtomicU16 {
+        &self.status[self.slot % STATUS_ROW]
+    }
+
     /// A hint: the entry will be read and its status word marked soon.
     #[inline(always)]
     pub(crate) fn expect(&self) {
         fetch_to_read(self.head());
-        fetch_to_write(self.status);
+        fetch_to_write(self.status());
     }
 
     /// One load of flags and grantee.
@@ -724,7 +733,7 @@ impl<'a> SharedV2<'a> {
     /// granter sees the mark or this sees the granter's change (spec 4.1.2 steps 3 to 5).
     #[inline]
     pub(crate) fn mark_then_load_head(&self, mark: EntryFlags, between: impl FnOnce()) -> EntryHead {
-        self.status.fetch_or(mark.bits(), Ordering::SeqCst);
+        self.status().fetch_or(mark.bits(), Ordering::SeqCst);
         full_barrier();
         between();
         EntryHead::from_word(self.head().load(Ordering::SeqCst))
@@ -733,15 +742,15 @@ impl<'a> SharedV2<'a> {
     /// Clears bits of the status word, and nothing else, in one step.
     #[inline]
     pub(crate) fn clear_status(&self, flags: EntryFlags) {
-        self.status.fetch_and(!flags.bits(), Ordering::Release);
+        self.status().fetch_and(!flags.bits(), Ordering::Release);
     }
 
     pub(crate) fn load_status(&self) -> EntryFlags {
-        EntryFlags::from_bits_retain(self.status.load(Ordering::Relaxed))
+        EntryFlags::from_bits_retain(self.status().load(Ordering::Relaxed))
     }
 
     pub(crate) fn store_status(&self, flags: EntryFlags) {
-        self.status.store(flags.bits(), Ordering::Relaxed);
+        self.status().store(flags.bits(), Ordering::Relaxed);
     }
 
     /// Replaces the head if it still is `old`; otherwise what was found.

@@ -11,10 +11,10 @@
 
 use core::cell::Cell;
 
-use gnttab_abi::{DomId, ENTRY_V1_SIZE, EntryHead, GrantRef, GrantStatus};
+use gnttab_abi::{DomId, ENTRY_V1_SIZE, EntryHead, Gfn, GrantRef, GrantStatus};
 
 use crate::active::{Active, Actives, Extra, State};
-use crate::bound::{behind, below};
+use crate::bound::{below, is_within};
 use crate::domain::Version;
 use crate::hypervisor::{Hook, Hypervisor};
 use crate::lazy::Lazy;
@@ -24,8 +24,9 @@ use crate::segments::{OutOfMemory, Segments};
 use crate::shared::{PageWords, SharedV1, SharedV2, StatusRow};
 use crate::sync::{AtomicU32, AtomicU64, Mutex, Once, Ordering};
 
-/// Entries whose private state is made together: 1 KiB. Few for the model checker.
-const PIECE: usize = if cfg!(loom) { 2 } else { 64 };
+/// Entries whose private state is made together, and that are found together: those of a version 2 frame.
+const PIECE: usize = NEIGHBOURS as usize;
+const NEIGHBOURS: u32 = V2_ENTRIES_PER_PAGE;
 /// Grant frames to a status frame.
 const FRAMES_PER_STATUS: u32 = STATUS_PER_PAGE / V2_ENTRIES_PER_PAGE;
 
@@ -241,7 +242,6 @@ impl<P: AsRef<PageWords>> Table<P> {
         View {
             table: self,
             version,
-            per_page: entries_per_page(version),
             entries: Cell::new(self.entries(version)),
             last: Cell::new(None),
         }
@@ -275,32 +275,63 @@ pub(crate) const fn entries_per_page(version: Version) -> u32 {
 pub(crate) struct View<'a, P> {
     table: &'a Table<P>,
     version: Version,
-    /// Entries in one grant frame.
-    per_page: u32,
     /// N(GT) when it was last looked at.
     entries: Cell<u32>,
-    /// The frame that was looked into last: the next entry is often there too.
+    /// What was looked into last: the next entry is often there too.
     last: Cell<Option<Sight<'a>>>,
 }
 
-/// What a view knows of a frame: it does not change while the version does not.
+/// What a view knows of some neighbouring entries, as many as a piece has: it does not change while the version does
+/// not. Any reference may be asked for: it is taken modulo the number of entries, also where the processor runs
+/// ahead of the check.
 #[derive(Clone, Copy)]
 struct Sight<'a> {
-    /// The first of its references.
+    /// The first of the references.
     first: u32,
-    pieces: &'a Pieces,
+    piece: &'a Piece,
     page: &'a PageWords,
-    /// In version 2, the status words of its entries.
+    /// In version 2, the status words of the page's entries.
     status: Option<&'a StatusRow>,
+}
+
+/// The shared half of a reference's entry in its page.
+#[inline(always)]
+fn shared_in<'a>(page: &'a PageWords, status: Option<&'a StatusRow>, gref: GrantRef) -> SharedEntry<'a> {
+    let slot = gref.0 as usize;
+    match status {
+        None => SharedEntry::V1(SharedV1::new(page, slot)),
+        Some(status) => SharedEntry::V2(SharedV2::new(page, slot, status)),
+    }
 }
 
 impl<'a> Sight<'a> {
     #[inline(always)]
-    fn shared(&self, slot: usize) -> SharedEntry<'a> {
-        match self.status {
-            None => SharedEntry::V1(SharedV1::new(self.page, slot)),
-            Some(status) => SharedEntry::V2(SharedV2::new(self.page, slot, status)),
+    fn shared(&self, gref: GrantRef) -> SharedEntry<'a> {
+        shared_in(self.page, self.status, gref)
+    }
+
+    #[inline(always)]
+    fn entry(&self, gref: GrantRef) -> Entry<'a> {
+        let slot = gref.0 as usize;
+        Entry {
+            active: self.piece.active.get(slot),
+            shared: self.shared(gref),
+            extra: Some((&self.piece.extra, slot)),
         }
+    }
+}
+
+/// A frame that a reference is in.
+struct Place<'a> {
+    pieces: &'a Pieces,
+    page: &'a PageWords,
+    status: Option<&'a StatusRow>,
+}
+
+impl<'a> Place<'a> {
+    /// Where the state of a reference's entry is, or is to be.
+    fn piece(&self, gref: GrantRef) -> &'a Lazy<Piece, 1> {
+        &self.pieces[gref.0 as usize / PIECE % PIECES]
     }
 }
 
@@ -315,28 +346,21 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
         self.entries.get()
     }
 
-    /// Where a reference's entry is: its frame and its place there; `None` past the table (ENG-1).
+    /// What was looked into last, if the reference is there (ENG-1).
     #[inline(always)]
-    fn place(&self, gref: GrantRef) -> Option<(Sight<'a>, usize)> {
-        loop {
-            if let Some(last) = self.last.get()
-                && let Some(slot) = behind(gref.0, last.first, self.per_page)
-            {
-                return Some((last, slot));
-            }
-            self.look_into_frame_of(gref)?;
-        }
+    fn sight(&self, gref: GrantRef) -> Option<Sight<'a>> {
+        self.last
+            .get()
+            .filter(|last| is_within(gref.0, last.first, NEIGHBOURS))
     }
 
-    /// Another frame than the last one becomes the last one, perhaps one that there was not yet when the table
-    /// was last looked at.
-    #[cold]
-    #[inline(never)]
-    fn look_into_frame_of(&self, gref: GrantRef) -> Option<()> {
+    /// The frame that a reference is in; `None` past the table (ENG-1). Perhaps one that there was not yet when
+    /// the table was last looked at.
+    fn place(&self, gref: GrantRef) -> Option<Place<'a>> {
         if gref.0 >= self.entries.get() {
             self.entries.set(self.table.entries(self.version));
         }
-        let number = below(gref.0, self.entries.get())? >> self.per_page.trailing_zeros();
+        let number = below(gref.0, self.entries.get())? / entries_per_page(self.version) as usize;
         let frames = &self.table.frames;
         let frame = frames.get(number)?;
         let status = match self.version {
@@ -347,11 +371,23 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
                 Some(page.as_ref().status_row(row))
             }
         };
-        self.last.set(Some(Sight {
-            first: gref.0 & !(self.per_page - 1),
+        Some(Place {
             pieces: &frame.pieces,
             page: frame.page.get()?.as_ref(),
             status,
+        })
+    }
+
+    /// Looks into the piece that a reference's entry is in, which becomes the last.
+    #[cold]
+    #[inline(never)]
+    fn look_into_piece_of(&self, gref: GrantRef) -> Option<()> {
+        let place = self.place(gref)?;
+        self.last.set(Some(Sight {
+            first: gref.0 & !(NEIGHBOURS - 1),
+            piece: place.piece(gref).get(0)?,
+            page: place.page,
+            status: place.status,
         }));
         Some(())
     }
@@ -359,21 +395,42 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
     /// The shared half of a reference's entry; `None` past the table.
     #[inline(always)]
     pub(crate) fn shared(&self, gref: GrantRef) -> Option<SharedEntry<'_>> {
-        let (sight, slot) = self.place(gref)?;
-        Some(sight.shared(slot))
+        match self.sight(gref) {
+            Some(sight) => Some(sight.shared(gref)),
+            None => self.shared_elsewhere(gref),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn shared_elsewhere(&self, gref: GrantRef) -> Option<SharedEntry<'_>> {
+        let place = self.place(gref)?;
+        Some(shared_in(place.page, place.status, gref))
+    }
+
+    /// A look ahead: the frame that a reference is for `grantee`.
+    #[inline(always)]
+    pub(crate) fn peek_frame(&self, gref: GrantRef, grantee: DomId) -> Option<Gfn> {
+        let of = |shared: SharedEntry<'_>| {
+            let granted = shared.load_head().domid == grantee;
+            granted.then(|| Gfn(shared.load_frame()))
+        };
+        match self.sight(gref) {
+            Some(sight) => of(sight.shared(gref)),
+            None => of(self.shared_elsewhere(gref)?),
+        }
     }
 
     /// The entry of a reference that is in use, or was; `None` past the table, and for entries that
     /// nobody ever wanted to use.
     #[inline(always)]
     pub(crate) fn entry(&self, gref: GrantRef) -> Option<Entry<'_>> {
-        let (sight, slot) = self.place(gref)?;
-        let piece = sight.pieces[slot / PIECE % PIECES].get(0)?;
-        Some(Entry {
-            active: piece.active.get(slot),
-            shared: sight.shared(slot),
-            extra: Some((&piece.extra, slot % PIECE)),
-        })
+        loop {
+            if let Some(sight) = self.sight(gref) {
+                return Some(sight.entry(gref));
+            }
+            self.look_into_piece_of(gref)?;
+        }
     }
 
     /// A hint: the entry of a reference will be used soon.
@@ -407,8 +464,9 @@ impl<'a, P: AsRef<PageWords>> View<'a, P> {
 
     #[cold]
     fn make_entry(&self, gref: GrantRef) -> Result<(), GrantStatus> {
-        let (sight, slot) = self.place(gref).ok_or(GrantStatus::BAD_GNTREF)?;
-        sight.pieces[slot / PIECE % PIECES]
+        let place = self.place(gref).ok_or(GrantStatus::BAD_GNTREF)?;
+        place
+            .piece(gref)
             .get_or_make(0, Piece::new)
             .map(drop)
             .map_err(|OutOfMemory| GrantStatus::GENERAL_ERROR)

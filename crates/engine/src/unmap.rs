@@ -15,7 +15,7 @@ use crate::domain::{Domain, Vcpu};
 use crate::engine::Processor;
 use crate::hypervisor::{Access, Hook, HostUnmapping, Hypervisor};
 use crate::iommu;
-use crate::map::{READABLE, WRITABLE, access_of, takes_type, unpin};
+use crate::map::{READABLE, WRITABLE, access_of, unpin};
 use crate::maptrack::Live;
 use crate::registry::Visit;
 
@@ -121,7 +121,7 @@ impl<H: Hypervisor> Processor<'_, H> {
     ) where
         for<'i> Request: From<&'i T>,
     {
-        let (mut visit, caller) = (self.visit(), vcpu.caller());
+        let (mut visit, caller) = (self.visit(&vcpu.domain), vcpu.caller());
         for items in items.chunks_mut(UNMAP_GROUP) {
             visit.leave();
             let mut group: Group<UNMAP_GROUP> = Group::new();
@@ -134,7 +134,7 @@ impl<H: Hypervisor> Processor<'_, H> {
 
     /// Gives back a live record of a domain that is being torn down (spec 7.2).
     pub(crate) fn forget_mapping(&mut self, vcpu: &Vcpu<H>, handle: GrantHandle) -> bool {
-        self.visit().forget_mapping(vcpu, handle)
+        self.visit(&vcpu.domain).forget_mapping(vcpu, handle)
     }
 }
 
@@ -148,43 +148,93 @@ impl<H: Hypervisor> Visit<'_, H> {
         request: Request,
         group: &mut Group<N>,
     ) -> GrantStatus {
-        self.begin_item();
         let before = group.length;
-        let status = self.unmap_one(caller, request, group);
+        let usual = match caller.handles.find(request.handle) {
+            Some(live) if live.record.flags == WRITABLE => {
+                self.unmap_usual(caller, request, live, Access::Write, group)
+            }
+            Some(live) if live.record.flags == READABLE => {
+                self.unmap_usual(caller, request, live, Access::Read, group)
+            }
+            _ => None,
+        };
+        let status = match usual {
+            Some(status) => status,
+            None => {
+                let Request {
+                    host_addr,
+                    dev_bus_addr,
+                    new_addr,
+                    handle,
+                } = request;
+                self.unmap_any(caller, host_addr, dev_bus_addr, new_addr, handle, group)
+            }
+        };
         let removed = group.iter().nth(before);
         let (peer, gref) = (removed.map(|r| r.granter), removed.map(|r| r.gref));
         caller.answer(&self.engine.hv, op, peer, gref, status);
         status
     }
 
+    /// Steps 3 to 12 for what most mappings are, a host mapping and nothing else, where nobody else is at it. `None`,
+    /// and nothing done, where something is otherwise.
     #[inline(always)]
-    fn unmap_one<const N: usize>(
+    fn unmap_usual<'h, const N: usize>(
         &mut self,
-        caller: &Caller<'_, H>,
+        caller: &Caller<'h, H>,
         request: Request,
+        live: Live<'h>,
+        access: Access,
         group: &mut Group<N>,
-    ) -> GrantStatus {
-        // 1, 2
-        let Some(live) = caller.handles.find(request.handle) else {
-            return GrantStatus::BAD_HANDLE;
-        };
-        if live.record.flags == WRITABLE {
-            self.unmap_live(caller, request, live, WRITABLE, group)
-        } else if live.record.flags == READABLE {
-            self.unmap_live(caller, request, live, READABLE, group)
-        } else {
-            let Request {
-                host_addr,
-                dev_bus_addr,
-                new_addr,
-                handle,
-            } = request;
-            self.unmap_any(caller, host_addr, dev_bus_addr, new_addr, handle, group)
+    ) -> Option<GrantStatus> {
+        let hv = &self.engine.hv;
+        let domain = caller.domain;
+        let record = live.record;
+        if request.host_addr == 0 {
+            return None;
         }
+        // 3, 4
+        let granter = self.enter_or_stay(record.granter)?;
+        if !hv.may_unmap(domain.private(), granter.private()) {
+            return Some(GrantStatus::PERMISSION_DENIED);
+        }
+        // 5, 6
+        let entry = granter.view.entry(record.gref)?;
+        let claim = live.claim_at_once()?;
+        let mfn = entry.active.mfn();
+        // 8
+        let unmapping = HostUnmapping {
+            addr: request.host_addr,
+            new_addr: request.new_addr,
+            mfn,
+            flags: record.flags,
+        };
+        if hv.unmap_host(domain.private(), &unmapping).is_err() {
+            return Some(GrantStatus::GENERAL_ERROR);
+        }
+        // 10
+        caller.handles.release(claim.end());
+        hv.hook(Hook::UnmapPass1);
+        // 11
+        let follows = record.granter != domain.id() && hv.iommu_follows(domain.private());
+        let mut status = GrantStatus::OKAY;
+        if follows && iommu::remove(hv, domain, mfn, access).is_err() {
+            status = GrantStatus::GENERAL_ERROR;
+        }
+        // 12
+        if access == Access::Write && status.is_okay() {
+            hv.mark_dirty(granter.private(), mfn);
+        }
+        group.push(Removed {
+            mfn,
+            gref: record.gref,
+            granter: record.granter,
+            flags: record.flags,
+        });
+        Some(status)
     }
 
-    /// As [`Visit::unmap_live`], whatever the flags. The request comes in parts, and the record is looked up
-    /// anew, so that neither needs a place in memory where the flags are the usual ones.
+    /// Steps 1 to 12 one by one. The request comes in parts, so that it needs no place in memory otherwise.
     #[inline(never)]
     fn unmap_any<const N: usize>(
         &mut self,
@@ -195,32 +245,16 @@ impl<H: Hypervisor> Visit<'_, H> {
         handle: GrantHandle,
         group: &mut Group<N>,
     ) -> GrantStatus {
+        self.begin_item();
+        // 1, 2
         let Some(live) = caller.handles.find(handle) else {
             return GrantStatus::BAD_HANDLE;
         };
-        let request = Request {
-            host_addr,
-            dev_bus_addr,
-            new_addr,
-            handle,
-        };
-        self.unmap_live(caller, request, live, live.record.flags, group)
-    }
-
-    /// Steps 3 to 12 of a mapping with these flags.
-    #[inline(always)]
-    fn unmap_live<'h, const N: usize>(
-        &mut self,
-        caller: &Caller<'h, H>,
-        request: Request,
-        live: Live<'h>,
-        flags: MapFlags,
-        group: &mut Group<N>,
-    ) -> GrantStatus {
         let engine = self.engine;
         let hv = &engine.hv;
         let domain = caller.domain;
         let record = live.record;
+        let flags = record.flags;
         // 3, 4
         let Some(granter) = self.enter(record.granter) else {
             hv.crash(domain.private(), "a mapping outlived its granter");
@@ -240,16 +274,16 @@ impl<H: Hypervisor> Visit<'_, H> {
         let mfn = entry.active.mfn();
         let has = |kind| flags.contains(kind);
         // 7
-        let bus = request.dev_bus_addr;
+        let bus = dev_bus_addr;
         if bus != 0 && has(MapFlags::DEVICE_MAP) && bus != mfn.address() {
             return GrantStatus::BAD_DEV_ADDR;
         }
         // 8
         let mut kinds = MapFlags::empty();
-        if request.host_addr != 0 && has(MapFlags::HOST_MAP) {
+        if host_addr != 0 && has(MapFlags::HOST_MAP) {
             let unmapping = HostUnmapping {
-                addr: request.host_addr,
-                new_addr: request.new_addr,
+                addr: host_addr,
+                new_addr,
                 mfn,
                 flags,
             };
@@ -302,13 +336,12 @@ impl<H: Hypervisor> Visit<'_, H> {
         self.flush(domain);
         self.engine.hv.hook(Hook::UnmapFlushed);
         for removed in group.iter() {
-            self.begin_item();
             if removed.flags == WRITABLE {
-                self.give_back(domain, removed, WRITABLE, WRITABLE);
+                self.give_back(removed, WRITABLE, WRITABLE);
             } else if removed.flags == READABLE {
-                self.give_back(domain, removed, READABLE, READABLE);
+                self.give_back(removed, READABLE, READABLE);
             } else {
-                self.give_any_back(domain, *removed, removed.flags);
+                self.give_any_back(*removed, removed.flags);
             }
         }
     }
@@ -329,28 +362,27 @@ impl<H: Hypervisor> Visit<'_, H> {
 
     /// As [`Visit::give_back`], whatever the flags.
     #[inline(never)]
-    fn give_any_back(&mut self, domain: &Domain<H>, removed: Removed, referenced: MapFlags) {
-        self.give_back(domain, &removed, removed.flags, referenced);
+    fn give_any_back(&mut self, removed: Removed, referenced: MapFlags) {
+        self.give_back(&removed, removed.flags, referenced);
     }
 
     /// Lowers the pins of what was removed, with these flags, then drops types and references for the kinds in
     /// `referenced`.
     #[inline(always)]
-    fn give_back(&mut self, domain: &Domain<H>, removed: &Removed, flags: MapFlags, referenced: MapFlags) {
+    fn give_back(&mut self, removed: &Removed, flags: MapFlags, referenced: MapFlags) {
         let engine = self.engine;
         let hv = &engine.hv;
         let Removed {
             mfn, gref, granter, ..
         } = *removed;
         let access = access_of(flags);
-        let inside = self.enter(granter);
+        let inside = self.enter_or_stay(granter);
         let mut host_type = false;
         if let Some(granter) = inside {
             if let Some(entry) = granter.view.entry(gref) {
-                unpin(&entry, Pins::of_mapping(flags), access);
+                unpin(entry, entry.active.load(), Pins::of_mapping(flags), access);
             }
-            let itself = granter.id() == domain.id();
-            host_type = takes_type(access, domain.kind(), granter.kind(), itself);
+            host_type = granter.takes_type(access);
         }
         // Still inside: once it is left, a dying granter can go, and nothing of it may be held then.
         if referenced.contains(MapFlags::DEVICE_MAP) {
@@ -403,7 +435,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                 granter: record.granter,
                 flags: kinds | record.flags & MapFlags::READONLY,
             };
-            self.give_any_back(caller, removed, referenced);
+            self.give_any_back(removed, referenced);
         }
         if let Some(free) = free {
             caller.maptrack.release_common(free.handle);

@@ -37,22 +37,30 @@ const PAGES: [Mfn; 4] = [Mfn(0), Mfn(1), Mfn(2), Mfn(3)];
 const RO: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
 const RW: MapFlags = MapFlags::HOST_MAP;
 
-struct World {
-    engine: Engine<House>,
+///
+/// `INSIDE`: whether bytes are moved inside a table.
+struct World<const INSIDE: bool = false> {
+    engine: Engine<House<INSIDE>>,
     /// The life of G, apart from G.
     life: Arc<Watched>,
 }
 
-type Dom = Arc<Domain<House>>;
+type Dom<const INSIDE: bool = false> = Arc<Domain<House<INSIDE>>>;
 
 impl World {
-    /// G, with a table of as many frames as the version needs to have [`GREF`] and [`OTHER`], and C.
     fn new(version: Version) -> Arc<World> {
+        World::of(version)
+    }
+}
+
+impl<const INSIDE: bool> World<INSIDE> {
+    /// G, with a table of as many frames as the version needs to have [`GREF`] and [`OTHER`], and C.
+    fn of(version: Version) -> Arc<Self> {
         let config = Config {
             processors: 3,
             ..Config::default()
         };
-        let house = House::default();
+        let house = House::<INSIDE>::default();
         for (mfn, owner) in PAGES.into_iter().zip([G, G, T, C]) {
             house.give(mfn, owner);
         }
@@ -85,7 +93,7 @@ impl World {
         self.act(0, id, 0, |cpu, vcpu| assert_eq!(cpu.set_version(vcpu, 2), Ok(())));
     }
 
-    fn domain(&self, id: DomId) -> Dom {
+    fn domain(&self, id: DomId) -> Dom<INSIDE> {
         self.engine.domain(id).expect("it is there")
     }
 
@@ -95,14 +103,14 @@ impl World {
         processor: usize,
         id: DomId,
         number: usize,
-        work: impl FnOnce(&mut Processor<'_, House>, &Vcpu<House>) -> R,
+        work: impl FnOnce(&mut Processor<'_, House<INSIDE>>, &Vcpu<House<INSIDE>>) -> R,
     ) -> R {
         let mut cpu = self.engine.processor(processor).expect("nobody else is it");
         let vcpu = Vcpu::take(&self.domain(id), number).expect("nobody else is it");
         work(&mut cpu, &vcpu)
     }
 
-    fn house(&self) -> &House {
+    fn house(&self) -> &House<INSIDE> {
         self.engine.hypervisor()
     }
 
@@ -168,7 +176,12 @@ impl World {
     }
 }
 
-fn map(cpu: &mut Processor<'_, House>, vcpu: &Vcpu<House>, gref: GrantRef, flags: MapFlags) -> MapGrantRef {
+fn map<const INSIDE: bool>(
+    cpu: &mut Processor<'_, House<INSIDE>>,
+    vcpu: &Vcpu<House<INSIDE>>,
+    gref: GrantRef,
+    flags: MapFlags,
+) -> MapGrantRef {
     let mut item = MapGrantRef {
         host_addr: 0x1000 * (vcpu.number as u64 + 1),
         flags,
@@ -180,9 +193,9 @@ fn map(cpu: &mut Processor<'_, House>, vcpu: &Vcpu<House>, gref: GrantRef, flags
     item
 }
 
-fn unmap(
-    cpu: &mut Processor<'_, House>,
-    vcpu: &Vcpu<House>,
+fn unmap<const INSIDE: bool>(
+    cpu: &mut Processor<'_, House<INSIDE>>,
+    vcpu: &Vcpu<House<INSIDE>>,
     host_addr: u64,
     handle: GrantHandle,
 ) -> GrantStatus {
@@ -196,7 +209,12 @@ fn unmap(
 }
 
 /// C maps, uses the page and unmaps; the result is the map's status.
-fn session(world: &World, number: usize, gref: GrantRef, flags: MapFlags) -> GrantStatus {
+fn session<const INSIDE: bool>(
+    world: &World<INSIDE>,
+    number: usize,
+    gref: GrantRef,
+    flags: MapFlags,
+) -> GrantStatus {
     world.act(number + 1, C, number, |cpu, vcpu| {
         let mapped = map(cpu, vcpu, gref, flags);
         if mapped.status.is_okay() {
@@ -552,7 +570,7 @@ fn both_die() {
     });
 }
 
-fn copy(world: &World, number: usize) -> GrantStatus {
+fn copy<const INSIDE: bool>(world: &World<INSIDE>, number: usize) -> GrantStatus {
     world.act(number + 1, C, number, |cpu, vcpu| {
         let mut item = Copy {
             source: CopyPtr::grant(G, GREF, 0),
@@ -570,13 +588,45 @@ fn copy(world: &World, number: usize) -> GrantStatus {
 #[test]
 fn copy_against_session() {
     for version in [Version::V1, Version::V2] {
-        up_to_preemptions(3, move || {
-            let world = World::new(version);
+        a_copy_against_a_session::<false>(version);
+    }
+}
+
+/// The same where bytes move inside the table, and the copy holds the entry instead.
+#[test]
+fn copy_inside_against_session() {
+    for version in [Version::V1, Version::V2] {
+        a_copy_against_a_session::<true>(version);
+    }
+}
+
+fn a_copy_against_a_session<const INSIDE: bool>(version: Version) {
+    up_to_preemptions(3, move || {
+        let world = World::<INSIDE>::of(version);
+        world.grant(G, GREF, C, PAGES[0]);
+        let other = Arc::clone(&world);
+        let thread = thread::spawn(move || session(&other, 0, GREF, RW));
+        assert_eq!(copy(&world, 1), GrantStatus::OKAY);
+        assert_eq!(thread.join().unwrap(), GrantStatus::OKAY);
+        world.check_idle();
+    });
+}
+
+/// A copy inside the table against the granter ending access and giving the reference to another page: what is
+/// read is never what the granter has back.
+#[test]
+fn copy_inside_against_end_of_access() {
+    for version in [Version::V1, Version::V2] {
+        every_order(move || {
+            let world = World::<true>::of(version);
             world.grant(G, GREF, C, PAGES[0]);
             let other = Arc::clone(&world);
-            let thread = thread::spawn(move || session(&other, 0, GREF, RW));
-            assert_eq!(copy(&world, 1), GrantStatus::OKAY);
-            assert_eq!(thread.join().unwrap(), GrantStatus::OKAY);
+            let thread = thread::spawn(move || copy(&other, 0));
+            if world.guest(G, GREF, |entry| entry.end()) == Outcome::Done {
+                world.house().take_back(PAGES[0]);
+                world.grant(G, GREF, C, PAGES[1]);
+            }
+            let _ = thread.join().unwrap();
             world.check_idle();
         });
     }
@@ -587,20 +637,32 @@ fn copy_against_session() {
 #[test]
 fn copy_against_change_of_version() {
     for (version, wanted) in [(Version::V1, 2), (Version::V2, 1)] {
-        up_to_preemptions(3, move || {
-            let world = World::new(version);
-            world.grant(G, GREF, C, PAGES[0]);
-            let other = Arc::clone(&world);
-            let thread = thread::spawn(move || copy(&other, 0));
-            let changed = world.act(2, G, 0, |cpu, vcpu| cpu.set_version(vcpu, wanted));
-            let status = thread.join().unwrap();
-            match changed {
-                Ok(()) => assert_eq!(world.domain(G).version().number(), wanted),
-                Err(errno) => assert_eq!((errno, status), (Errno::Busy, GrantStatus::OKAY)),
-            }
-            world.check_idle();
-        });
+        a_copy_against_a_change_of_version::<false>(version, wanted);
     }
+}
+
+/// The same where bytes move inside the table.
+#[test]
+fn copy_inside_against_change_of_version() {
+    for (version, wanted) in [(Version::V1, 2), (Version::V2, 1)] {
+        a_copy_against_a_change_of_version::<true>(version, wanted);
+    }
+}
+
+fn a_copy_against_a_change_of_version<const INSIDE: bool>(version: Version, wanted: u32) {
+    up_to_preemptions(3, move || {
+        let world = World::<INSIDE>::of(version);
+        world.grant(G, GREF, C, PAGES[0]);
+        let other = Arc::clone(&world);
+        let thread = thread::spawn(move || copy(&other, 0));
+        let changed = world.act(2, G, 0, |cpu, vcpu| cpu.set_version(vcpu, wanted));
+        let status = thread.join().unwrap();
+        match changed {
+            Ok(()) => assert_eq!(world.domain(G).version().number(), wanted),
+            Err(errno) => assert_eq!((errno, status), (Errno::Busy, GrantStatus::OKAY)),
+        }
+        world.check_idle();
+    });
 }
 
 /// G passes on to C what T granted to G.

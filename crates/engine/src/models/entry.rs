@@ -105,7 +105,7 @@ impl World {
     }
 
     fn unmap(&self, access: Access) {
-        unpin(&self.entry(), pins(access), access);
+        unpin(self.entry(), self.entry().active.load(), pins(access), access);
     }
 
     /// A session of one user: map, use the page, look at the marks, unmap.

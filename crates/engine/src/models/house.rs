@@ -45,14 +45,14 @@ struct Frame {
 /// See the module. Its own lock is no matter of the model: nothing that the checker knows happens
 /// while it is held.
 #[derive(Default)]
-pub(super) struct House {
+pub(super) struct House<const INSIDE: bool = false> {
     frames: Mutex<[Frame; FRAMES]>,
     /// Addresses at which something is mapped.
     mapped: Mutex<Vec<u64>>,
     pages: [Watched; FRAMES],
 }
 
-impl House {
+impl<const INSIDE: bool> House<INSIDE> {
     fn frames(&self) -> MutexGuard<'_, [Frame; FRAMES]> {
         self.frames.lock().expect("a panic ends the model")
     }
@@ -96,7 +96,9 @@ fn index(mfn: Mfn) -> usize {
     usize::try_from(mfn.0).unwrap()
 }
 
-impl Hypervisor for House {
+impl<const INSIDE: bool> Hypervisor for House<INSIDE> {
+    const COPY_INSIDE: bool = INSIDE;
+
     type Domain = Home;
     type TablePage = Arc<PageWords>;
 
