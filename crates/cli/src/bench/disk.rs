@@ -112,6 +112,7 @@ pub(crate) fn main(args: &BenchDisk) -> Result<(), Failure> {
                 bench.round(*target, rates)?;
             }
         }
+        bench.copies(&mut results)?;
     }
     report(args, &results, &costs);
     Ok(())
@@ -199,19 +200,27 @@ impl Bench {
         for (rates, pattern) in rates.iter_mut().zip(PATTERNS) {
             rates.push(fio(&source, pattern, self.time)?);
         }
-        let Some(served) = served else { return Ok(()) };
+        Ok(())
+    }
+
+    /// A copy is short, and as good as its luck: from each server in turns, again and again for as long as a pattern takes
+    /// with each; and then to each.
+    fn copies(&self, results: &mut [(Target, Rates)]) -> Result<(), Failure> {
         let plain = self.image(Target::File)?;
-        let ways = [
-            [Path::new(&served.uri), Path::new("null:")],
-            [plain, Path::new(&served.uri)],
-        ];
-        for (rates, way) in rates.iter_mut().skip(PATTERNS.len()).zip(ways) {
-            // A copy is short, and as good as its luck: again and again for as long as a pattern takes.
+        let servers = u32::try_from(self.servers.len()).unwrap_or(1);
+        for way in 0..COPIES.len() {
             let round = Instant::now();
-            while round.elapsed() < self.time {
-                let start = Instant::now();
-                done(Command::new("nbdcopy").args(way), "nbdcopy")?;
-                rates.push(SIZE as f64 / start.elapsed().as_secs_f64());
+            while round.elapsed() < self.time * servers {
+                for served in &self.servers {
+                    let uri = Path::new(&served.uri);
+                    let places = [[uri, Path::new("null:")], [plain, uri]][way];
+                    let start = Instant::now();
+                    done(Command::new("nbdcopy").args(places), "nbdcopy")?;
+                    let rate = SIZE as f64 / start.elapsed().as_secs_f64();
+                    for (_, rates) in results.iter_mut().filter(|(of, _)| *of == served.target) {
+                        rates[PATTERNS.len() + way].push(rate);
+                    }
+                }
             }
         }
         Ok(())
@@ -368,18 +377,22 @@ fn best(rates: &[f64]) -> Option<f64> {
 
 /// How far the best round lies above the median: above one half, the machine was too busy for the figure to be quoted.
 pub(super) fn spread(rates: &[f64]) -> f64 {
-    let mut sorted = rates.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    match (sorted.last(), sorted.get(sorted.len() / 2)) {
-        (Some(best), Some(median)) if *median > 0.0 => best / median - 1.0,
+    match (best(rates), median(rates)) {
+        (Some(best), median) if median > 0.0 => best / median - 1.0,
         _ => 0.0,
     }
 }
 
+fn median(rates: &[f64]) -> f64 {
+    let mut sorted = rates.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+}
+
 fn report(args: &BenchDisk, results: &[(Target, Rates)], costs: &[Cost]) {
-    let best_of = |target: Target, at: usize| {
+    let rates_of = |target: Target, at: usize| {
         let (_, rates) = results.iter().find(|(of, _)| *of == target)?;
-        best(rates.get(at)?)
+        rates.get(at)
     };
     let mut cases = Vec::new();
     let names = PATTERNS
@@ -389,9 +402,11 @@ fn report(args: &BenchDisk, results: &[(Target, Rates)], costs: &[Cost]) {
     for (at, name) in names.enumerate() {
         for (target, rates) in results {
             let Some(rate) = best(&rates[at]) else { continue };
-            let rival = target
-                .rival()
-                .and_then(|rival| Some((rival, best_of(rival, at)?)));
+            let rival = target.rival().and_then(|rival| {
+                let theirs = rates_of(rival, at)?;
+                let medians = median(&rates[at]) / median(theirs);
+                Some((rival, rate / best(theirs)?, medians))
+            });
             cases.push(Case {
                 name: name.clone(),
                 length: PATTERNS.get(at).map_or(1, |pattern| u64::from(pattern.length)),
@@ -421,7 +436,8 @@ struct Case {
     /// Accesses a second; bytes a second for a copy of the whole.
     rate: f64,
     rounds: Vec<f64>,
-    rival: Option<(Target, f64)>,
+    /// What it is held against, as a ratio of the best rounds and of the median ones.
+    rival: Option<(Target, f64, f64)>,
     /// From domain to domain, a request of the ring.
     cost: Option<Cost>,
 }
@@ -439,8 +455,9 @@ impl Case {
             "mebibytes_per_second": self.mebibytes(),
             "rounds": self.rounds,
             "spread": spread(&self.rounds),
-            "compared_with": self.rival.map(|(rival, _)| rival.name()),
-            "ratio": self.rival.map(|(_, rate)| self.rate / rate),
+            "compared_with": self.rival.map(|(rival, ..)| rival.name()),
+            "ratio": self.rival.map(|(_, best, _)| best),
+            "ratio_of_medians": self.rival.map(|(.., medians)| medians),
             "cost": self.cost.map(Cost::to_json),
         })
     }
@@ -453,7 +470,7 @@ impl Case {
         };
         let ratio = self
             .rival
-            .map(|(rival, rate)| format!("{:.2} x {}", self.rate / rate, rival.name()))
+            .map(|(rival, best, medians)| format!("{best:.2} x {}, median {medians:.2}", rival.name()))
             .unwrap_or_default();
         let wide = if spread(&self.rounds) > 0.5 { " (wide)" } else { "" };
         let cost = self.cost.map(|cost| format!("; {cost}")).unwrap_or_default();
