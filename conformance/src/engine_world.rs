@@ -9,7 +9,7 @@ use gnttab_conformance::script::{
     AREA_PAGES, AREAS, OTHER, OTHER_ARGUMENTS, OTHER_LIST, OTHER_PAGES, OTHER_SLOTS_TABLE, OTHER_STATUS,
     OTHER_TABLE, PAGES, SLOTS, SLOTS_TABLE, SPARE, SPARES, STATUS, TABLE,
 };
-use gnttab_engine::machine::{Between, Guest, L2Slot, Machine, Page, PageOwner, Pte, Watch};
+use gnttab_engine::machine::{Guest, L2Slot, Machine, Page, PageOwner, Pte};
 use gnttab_engine::{
     Access, Call, Config, Domain, DomainKind, Engine, GuestMemory, Limits, Outcome, PageWords, Reference,
     Vcpu, Version,
@@ -30,25 +30,18 @@ pub(crate) struct Settings {
     pub(crate) kills: u32,
     /// Whose behaviour the engine has.
     pub(crate) reference: Reference,
+    /// Whether it copies and flushes inside tables.
+    pub(crate) inside: bool,
 }
-
-/// Says whether bytes are moved inside a table, which is code of its own in the engine.
-struct Inside<const INSIDE: bool>;
-
-impl<const INSIDE: bool> Watch for Inside<INSIDE> {
-    const INSIDE: bool = INSIDE;
-}
-
-type Hv<const INSIDE: bool> = Between<Machine, Inside<INSIDE>>;
 
 /// See the module.
-pub(crate) struct EngineWorld<const INSIDE: bool> {
-    engine: Engine<Hv<INSIDE>>,
+pub(crate) struct EngineWorld {
+    engine: Engine<Machine>,
     machine: Machine,
-    domain: Arc<Domain<Hv<INSIDE>>>,
-    other: Arc<Domain<Hv<INSIDE>>>,
+    domain: Arc<Domain<Machine>>,
+    other: Arc<Domain<Machine>>,
     other_pages: Vec<Page>,
-    vcpus: [Vcpu<Hv<INSIDE>>; 2],
+    vcpus: [Vcpu<Machine>; 2],
     pages: Vec<Page>,
     spares: Vec<Mfn>,
     /// Number of the next spare page.
@@ -81,9 +74,10 @@ pub(crate) struct Seen {
     pub(crate) at: usize,
 }
 
-impl<const INSIDE: bool> EngineWorld<INSIDE> {
-    pub(crate) fn new(settings: Settings) -> EngineWorld<INSIDE> {
+impl EngineWorld {
+    pub(crate) fn new(settings: Settings) -> EngineWorld {
         let machine = Machine::with_reference(settings.reference);
+        machine.work_inside(settings.inside);
         let config = Config {
             max_grant_frames: settings.max_frames,
             max_maptrack_frames: settings.max_maptrack_frames,
@@ -92,7 +86,7 @@ impl<const INSIDE: bool> EngineWorld<INSIDE> {
             reference: settings.reference,
             ..Config::default()
         };
-        let engine = Engine::new(Between::new(machine.clone(), Inside), config);
+        let engine = Engine::new(machine.clone(), config);
         let guest = machine
             .add_domain(CALLER, DomainKind::Pv)
             .expect("the machine is empty");
@@ -215,7 +209,7 @@ impl<const INSIDE: bool> EngineWorld<INSIDE> {
         Some((words, usize::try_from(offset % 4096).ok()?))
     }
 
-    fn table_of(&self, other: bool) -> &Domain<Hv<INSIDE>> {
+    fn table_of(&self, other: bool) -> &Domain<Machine> {
         if other { &self.other } else { &self.domain }
     }
 
@@ -257,7 +251,7 @@ fn index(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
 }
 
-impl<const INSIDE: bool> World for EngineWorld<INSIDE> {
+impl World for EngineWorld {
     fn call(&mut self, other: bool, command: u64, addr: u64, count: u64) -> i64 {
         if other && self.killed {
             return 0;
@@ -565,7 +559,7 @@ fn status_addr(other: bool, frame: u64) -> u64 {
     STATUS_ADDR + (u64::from(other) * STATUS_PAGES + frame) * 4096
 }
 
-impl<const INSIDE: bool> EngineWorld<INSIDE> {
+impl EngineWorld {
     fn hold_status(&mut self, other: bool) {
         self.shows_status[usize::from(other)] = true;
         let first = if other { OTHER_STATUS } else { STATUS };

@@ -95,6 +95,7 @@ fn main() -> ExitCode {
         max_maptrack_frames: args.max_maptrack_frames,
         kills: args.kills,
         reference: Reference::V4_17,
+        inside: true,
     };
     let whole = match run_all(&args, settings) {
         Ok(whole) => whole,

@@ -67,7 +67,8 @@ const KINDS: [What; 22] = [
 pub fn run(input: &[u8]) {
     let (head, records) = input.split_at(input.len().min(6));
     let limits = scene(&mut Input::new(head));
-    let mut world = Told(World::new(&limits));
+    let inside = records.len() % 2 == 1;
+    let mut world = Told(World::new(&limits).with_work_inside(inside));
     // A finding is told when it is replayed.
     world.0.tells = !cfg!(fuzzing);
     world.0.check();

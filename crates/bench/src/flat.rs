@@ -210,9 +210,6 @@ impl<'m> Hypervisor for Flat<'m> {
     type Domain = FlatDomain;
     type TablePage = TableFrame<'m>;
 
-    /// A copy is a plain one, which waits for nothing.
-    const COPY_INSIDE: bool = true;
-
     #[inline(always)]
     fn resolve(&self, domain: &FlatDomain, gfn: Gfn, _: Access) -> Result<Resolved, ResolveError> {
         let mfn = Mfn(gfn.0);
@@ -351,6 +348,12 @@ impl<'m> Hypervisor for Flat<'m> {
         }
         entry.store(new, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// A copy is a plain one.
+    #[inline(always)]
+    fn copy_waits(&self) -> bool {
+        false
     }
 
     #[inline]

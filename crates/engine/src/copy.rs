@@ -232,7 +232,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         }
         let by_grant = |flag| item.flags.contains(flag);
         let sides = (by_grant(CopyFlags::SOURCE_GREF), by_grant(CopyFlags::DEST_GREF));
-        let done = if H::COPY_INSIDE && alone && run.keeps_nothing() {
+        let done = if alone && run.keeps_nothing() && !self.engine.hv.copy_waits() {
             match sides {
                 (true, false) => self.copy_first::<true>(caller, run, item),
                 (false, true) => self.copy_first::<false>(caller, run, item),
@@ -352,7 +352,7 @@ impl<H: Hypervisor> Visit<'_, H> {
         // 4 to 6
         check_ranges(&item, from.span, to.span)?;
         // 7, outside, where a copy may take its time: whoever wants a table alone need not wait for the bytes
-        if !H::COPY_INSIDE {
+        if engine.hv.copy_waits() {
             self.leave();
         }
         move_bytes(&engine.hv, &item, from.mfn, to.mfn, dest_domain.unwrap_or(caller));

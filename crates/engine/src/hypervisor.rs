@@ -227,10 +227,14 @@ pub trait Hypervisor: Send + Sync + Sized {
     /// Drops the writable page type.
     fn put_writable(&self, mfn: Mfn);
 
-    /// Whether [`Hypervisor::copy`] is called from inside a table, as the other functions are. It may wait for
-    /// nothing then; who wants a table alone, or the same entry, waits for the bytes of one copy at most. Otherwise, which is the
-    /// default, the table is left for each copy and entered again, which takes as long as some hundred bytes.
-    const COPY_INSIDE: bool = false;
+    /// Whether [`Hypervisor::copy`] may wait for anything, which is the default: then the table is left for each
+    /// copy and entered again, which takes as long as some hundred bytes. Otherwise it is called from inside a
+    /// table, as the other functions are; who wants the table alone, or the same entry, waits for the bytes of one
+    /// copy at most.
+    #[inline(always)]
+    fn copy_waits(&self) -> bool {
+        true
+    }
 
     /// Copies `len` bytes between two referenced frames. Both ranges lie within their pages.
     /// Guests may write to either at the same time; the bytes mean nothing to the copier.

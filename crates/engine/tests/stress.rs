@@ -28,7 +28,7 @@ use gnttab_engine::{
     Config, Domain, DomainKind, Engine, Limits, PageWords, Processor, Release, Vcpu, Version,
 };
 
-type Hv<const INSIDE: bool> = Between<Machine, Shake<INSIDE>>;
+type Hv = Between<Machine, Shake>;
 
 /// The domains, from number 1 on.
 const KINDS: [DomainKind; 5] = [
@@ -81,13 +81,13 @@ impl Rng {
 }
 
 /// Makes whoever asks the hypervisor something give way now and then.
-struct Shake<const INSIDE: bool>;
+struct Shake;
 
 thread_local! {
     static SHAKEN: Cell<u64> = const { Cell::new(0) };
 }
 
-impl<const INSIDE: bool> Shake<INSIDE> {
+impl Shake {
     fn shake() {
         let mut rng = Rng(SHAKEN.get());
         match rng.below(24) {
@@ -99,9 +99,7 @@ impl<const INSIDE: bool> Shake<INSIDE> {
     }
 }
 
-impl<const INSIDE: bool> Watch for Shake<INSIDE> {
-    const INSIDE: bool = INSIDE;
-
+impl Watch for Shake {
     fn before(&self, _: &Request) -> Verdict {
         Self::shake();
         Verdict::Proceed
@@ -172,8 +170,8 @@ impl Drop for Held {
 }
 
 /// A live domain, and what its guest knows.
-struct Home<const INSIDE: bool> {
-    domain: Arc<Domain<Hv<INSIDE>>>,
+struct Home {
+    domain: Arc<Domain<Hv>>,
     pages: Mutex<Vec<Page>>,
     held: Mutex<Vec<Arc<Held>>>,
     places: Arc<Mutex<Vec<u64>>>,
@@ -181,7 +179,7 @@ struct Home<const INSIDE: bool> {
     layout: RwLock<()>,
 }
 
-impl<const INSIDE: bool> Home<INSIDE> {
+impl Home {
     fn guest(&self) -> &Guest {
         self.domain.private()
     }
@@ -221,11 +219,11 @@ fn tag(id: DomId) -> u64 {
     0xD011_0000 | u64::from(id.0)
 }
 
-struct World<const INSIDE: bool> {
+struct World {
     machine: Machine,
-    engine: Engine<Hv<INSIDE>>,
+    engine: Engine<Hv>,
     /// Read by whoever acts as the domain, written by whoever kills or creates it.
-    homes: Vec<RwLock<Option<Home<INSIDE>>>>,
+    homes: Vec<RwLock<Option<Home>>>,
     /// What was done with what result, to see that the test tests something.
     done: Vec<AtomicU64>,
 }
@@ -273,15 +271,16 @@ fn some_id(rng: &mut Rng) -> DomId {
     id_of(rng.below(KINDS.len()))
 }
 
-impl<const INSIDE: bool> World<INSIDE> {
-    fn new() -> World<INSIDE> {
+impl World {
+    fn new(inside: bool) -> World {
         let machine = Machine::new();
+        machine.work_inside(inside);
         let config = Config {
             processors: threads() + 2,
             ..Config::default()
         };
         let world = World {
-            engine: Engine::new(Between::new(machine.clone(), Shake::<INSIDE>), config),
+            engine: Engine::new(Between::new(machine.clone(), Shake), config),
             machine,
             homes: KINDS.iter().map(|_| RwLock::new(None)).collect(),
             done: DID.iter().map(|_| AtomicU64::new(0)).collect(),
@@ -330,7 +329,7 @@ impl<const INSIDE: bool> World<INSIDE> {
     }
 
     /// The whole of a domain's death. Its pages in use elsewhere outlive it.
-    fn kill(&self, index: usize, cpu: &mut Processor<'_, Hv<INSIDE>>, rng: &mut Rng) {
+    fn kill(&self, index: usize, cpu: &mut Processor<'_, Hv>, rng: &mut Rng) {
         let mut place = self.homes[index].write().unwrap();
         let Some(home) = place.take() else { return };
         self.did(Did::Kill, 1);
@@ -356,7 +355,7 @@ impl<const INSIDE: bool> World<INSIDE> {
         }
     }
 
-    fn act(&self, cpu: &mut Processor<'_, Hv<INSIDE>>, rng: &mut Rng) {
+    fn act(&self, cpu: &mut Processor<'_, Hv>, rng: &mut Rng) {
         let index = rng.below(KINDS.len());
         let choice = rng.below(1000);
         if choice < 2 {
@@ -390,13 +389,7 @@ impl<const INSIDE: bool> World<INSIDE> {
         }
     }
 
-    fn map(
-        &self,
-        home: &Home<INSIDE>,
-        vcpu: &Vcpu<Hv<INSIDE>>,
-        cpu: &mut Processor<'_, Hv<INSIDE>>,
-        rng: &mut Rng,
-    ) {
+    fn map(&self, home: &Home, vcpu: &Vcpu<Hv>, cpu: &mut Processor<'_, Hv>, rng: &mut Rng) {
         let mut items = Vec::new();
         for _ in 0..1 + rng.below(8) {
             let (dom, gref) = some_grant(home, rng);
@@ -449,7 +442,7 @@ impl<const INSIDE: bool> World<INSIDE> {
     }
 
     /// What must be true of a mapping that nobody else knows of yet.
-    fn check_mapped(&self, home: &Home<INSIDE>, cpu: &mut Processor<'_, Hv<INSIDE>>, item: &MapGrantRef) {
+    fn check_mapped(&self, home: &Home, cpu: &mut Processor<'_, Hv>, item: &MapGrantRef) {
         let entry = cpu.entry(item.dom, item.gref).expect("a pinned entry exists");
         assert!(entry.pins.any(), "PIN-1: a mapped entry is pinned: {entry:?}");
         assert_eq!(entry.user, Some(home.id()));
@@ -470,13 +463,7 @@ impl<const INSIDE: bool> World<INSIDE> {
         );
     }
 
-    fn unmap(
-        &self,
-        home: &Home<INSIDE>,
-        vcpu: &Vcpu<Hv<INSIDE>>,
-        cpu: &mut Processor<'_, Hv<INSIDE>>,
-        rng: &mut Rng,
-    ) {
+    fn unmap(&self, home: &Home, vcpu: &Vcpu<Hv>, cpu: &mut Processor<'_, Hv>, rng: &mut Rng) {
         let mut victims = Vec::new();
         {
             let mut held = lock(&home.held);
@@ -522,13 +509,7 @@ impl<const INSIDE: bool> World<INSIDE> {
         self.did(Did::Lost, 1);
     }
 
-    fn copy(
-        &self,
-        home: &Home<INSIDE>,
-        vcpu: &Vcpu<Hv<INSIDE>>,
-        cpu: &mut Processor<'_, Hv<INSIDE>>,
-        rng: &mut Rng,
-    ) {
+    fn copy(&self, home: &Home, vcpu: &Vcpu<Hv>, cpu: &mut Processor<'_, Hv>, rng: &mut Rng) {
         let mut items = Vec::new();
         for _ in 0..1 + rng.below(6) {
             let mut flags = CopyFlags::empty();
@@ -570,13 +551,7 @@ impl<const INSIDE: bool> World<INSIDE> {
         }
     }
 
-    fn transfer(
-        &self,
-        home: &Home<INSIDE>,
-        vcpu: &Vcpu<Hv<INSIDE>>,
-        cpu: &mut Processor<'_, Hv<INSIDE>>,
-        rng: &mut Rng,
-    ) {
+    fn transfer(&self, home: &Home, vcpu: &Vcpu<Hv>, cpu: &mut Processor<'_, Hv>, rng: &mut Rng) {
         if !home.is_pv() {
             return;
         }
@@ -598,13 +573,7 @@ impl<const INSIDE: bool> World<INSIDE> {
         }
     }
 
-    fn grow(
-        &self,
-        home: &Home<INSIDE>,
-        vcpu: &Vcpu<Hv<INSIDE>>,
-        cpu: &mut Processor<'_, Hv<INSIDE>>,
-        rng: &mut Rng,
-    ) {
+    fn grow(&self, home: &Home, vcpu: &Vcpu<Hv>, cpu: &mut Processor<'_, Hv>, rng: &mut Rng) {
         let frames = u32::try_from(rng.below(8)).unwrap();
         let mut seen = BTreeSet::new();
         let status = cpu.setup_table(vcpu, DomId::SELF, frames, None, &mut |_, gfn: Gfn| {
@@ -618,7 +587,7 @@ impl<const INSIDE: bool> World<INSIDE> {
         }
     }
 
-    fn swap(&self, vcpu: &Vcpu<Hv<INSIDE>>, cpu: &mut Processor<'_, Hv<INSIDE>>, rng: &mut Rng) {
+    fn swap(&self, vcpu: &Vcpu<Hv>, cpu: &mut Processor<'_, Hv>, rng: &mut Rng) {
         let mut items = [SwapGrantRef::default(); 3];
         for item in &mut items {
             (item.ref_a, item.ref_b) = (GrantRef(rng.pick(&PLAIN)), GrantRef(rng.pick(&PLAIN)));
@@ -634,12 +603,7 @@ impl<const INSIDE: bool> World<INSIDE> {
         }
     }
 
-    fn change_version(
-        &self,
-        home: &Home<INSIDE>,
-        vcpu: &Vcpu<Hv<INSIDE>>,
-        cpu: &mut Processor<'_, Hv<INSIDE>>,
-    ) {
+    fn change_version(&self, home: &Home, vcpu: &Vcpu<Hv>, cpu: &mut Processor<'_, Hv>) {
         let _layout = home.layout.write().unwrap();
         let before = home.domain.version();
         let wanted = match before {
@@ -705,7 +669,7 @@ impl<const INSIDE: bool> World<INSIDE> {
     }
 
     /// A table that nobody uses has no pins and no marks, and can change its version.
-    fn check_idle(&self, home: &Home<INSIDE>) {
+    fn check_idle(&self, home: &Home) {
         let mut cpu = self.engine.any_processor().expect("nobody acts");
         for gref in (0..).map(GrantRef) {
             let Some(entry) = cpu.entry(home.id(), gref) else {
@@ -729,7 +693,7 @@ impl<const INSIDE: bool> World<INSIDE> {
 }
 
 /// A grant that a domain may well have: most entries name the domain that follows from their place.
-fn some_grant<const INSIDE: bool>(home: &Home<INSIDE>, rng: &mut Rng) -> (DomId, GrantRef) {
+fn some_grant(home: &Home, rng: &mut Rng) -> (DomId, GrantRef) {
     loop {
         let (dom, gref) = (some_id(rng), some_ref(rng));
         if usual_grantee(dom, gref) == home.id() || rng.one_in(6) {
@@ -751,13 +715,13 @@ fn some_ref(rng: &mut Rng) -> u32 {
 }
 
 /// The head of an entry, in the version that the table has.
-fn at<const INSIDE: bool>(home: &Home<INSIDE>, gref: u32) -> &AtomicU32 {
+fn at(home: &Home, gref: u32) -> &AtomicU32 {
     let (page, offset) = locate(home, gref).expect("the first entries are there");
     words::word32(page, offset)
 }
 
 /// Page and offset of an entry; `None` past the table.
-fn locate<const INSIDE: bool>(home: &Home<INSIDE>, gref: u32) -> Option<(&PageWords, usize)> {
+fn locate(home: &Home, gref: u32) -> Option<(&PageWords, usize)> {
     let size = match home.domain.version() {
         Version::V1 => 8,
         Version::V2 => 16,
@@ -768,7 +732,7 @@ fn locate<const INSIDE: bool>(home: &Home<INSIDE>, gref: u32) -> Option<(&PageWo
 }
 
 /// What a guest does with one of its entries.
-fn write_entry<const INSIDE: bool>(home: &Home<INSIDE>, rng: &mut Rng) {
+fn write_entry(home: &Home, rng: &mut Rng) {
     let _layout = home.layout.read().unwrap();
     let gref = if rng.one_in(12) { SLOT } else { some_ref(rng) };
     let Some((page, offset)) = locate(home, gref) else {
@@ -851,19 +815,19 @@ fn threads() -> usize {
 
 #[test]
 fn quiesce_after_everybody_did_everything() {
-    everybody_does_everything::<false>();
+    everybody_does_everything(false);
 }
 
 /// The same where copies and flushes are made inside tables.
 #[test]
 fn quiesce_after_everybody_did_everything_inside() {
-    everybody_does_everything::<true>();
+    everybody_does_everything(true);
 }
 
-fn everybody_does_everything<const INSIDE: bool>() {
+fn everybody_does_everything(inside: bool) {
     let until = Instant::now() + Duration::from_secs(setting("GNTTAB_STRESS_SECONDS", 2));
     let seed = setting("GNTTAB_STRESS_SEED", 1);
-    let world = World::<INSIDE>::new();
+    let world = World::new(inside);
     let mut rng = Rng(seed);
     let mut rounds = 0;
     while Instant::now() < until {

@@ -24,11 +24,6 @@ pub enum Verdict {
 
 /// Who stands in between.
 pub trait Watch: Send + Sync {
-    /// Whether copies and flushes are made from inside tables ([`Hypervisor::COPY_INSIDE`],
-    /// [`Hypervisor::flush_waits`]), whatever the hypervisor behind says: who watches waits for nothing then, and
-    /// makes no use of the engine.
-    const INSIDE: bool = false;
-
     /// Before a request that can fail: whether it goes through.
     fn before(&self, request: &Request) -> Verdict {
         let _ = request;
@@ -165,8 +160,6 @@ where
     type Domain = H::Domain;
     type TablePage = H::TablePage;
 
-    const COPY_INSIDE: bool = H::COPY_INSIDE || W::INSIDE;
-
     fn resolve(&self, domain: &H::Domain, gfn: Gfn, access: Access) -> Result<Resolved, ResolveError> {
         let request = Request::Resolve {
             domain: domain.domid(),
@@ -208,6 +201,10 @@ where
 
     fn put_writable(&self, mfn: Mfn) {
         self.tell(Request::PutWritable(mfn), |hv| hv.put_writable(mfn), done);
+    }
+
+    fn copy_waits(&self) -> bool {
+        self.hv.copy_waits()
     }
 
     fn copy(&self, source: (Mfn, u16), dest: (Mfn, u16), len: u16) {
@@ -260,7 +257,7 @@ where
     }
 
     fn flush_waits(&self, grantee: &H::Domain) -> bool {
-        !W::INSIDE && self.hv.flush_waits(grantee)
+        self.hv.flush_waits(grantee)
     }
 
     fn crash(&self, domain: &H::Domain, why: &'static str) {

@@ -69,7 +69,7 @@ mod transfer;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use gnttab_abi::{CacheOp, DomId, Errno, Gfn, MapFlags, Mfn};
 use spin::{Mutex, MutexGuard};
@@ -123,6 +123,7 @@ struct Inner {
     state: Mutex<State>,
     hooks: Hooks,
     clock: AtomicU64,
+    inside: AtomicBool,
 }
 
 /// A domain could not be added to the machine.
@@ -145,7 +146,14 @@ impl Machine {
             state: Mutex::new(State::new(reference)),
             hooks: Hooks::default(),
             clock: AtomicU64::new(0),
+            inside: AtomicBool::new(false),
         }))
+    }
+
+    /// Has the engine copy and flush inside tables ([`Hypervisor::copy_waits`], [`Hypervisor::flush_waits`]), or,
+    /// as at first, outside: who listens there may use the engine only then. To be said before the engine is used.
+    pub fn work_inside(&self, inside: bool) {
+        self.0.inside.store(inside, Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -361,6 +369,10 @@ impl Hypervisor for Machine {
         self.lock().put_type(mfn);
     }
 
+    fn copy_waits(&self) -> bool {
+        !self.0.inside.load(Ordering::Relaxed)
+    }
+
     fn copy(&self, source: (Mfn, u16), dest: (Mfn, u16), len: u16) {
         let (from, to) = {
             let mut state = self.lock();
@@ -403,9 +415,8 @@ impl Hypervisor for Machine {
         domain.stale.clear();
     }
 
-    /// Whoever listens to a flush may do as it likes.
     fn flush_waits(&self, _: &Guest) -> bool {
-        true
+        !self.0.inside.load(Ordering::Relaxed)
     }
 
     fn crash(&self, domain: &Guest, why: &'static str) {

@@ -37,30 +37,27 @@ const PAGES: [Mfn; 4] = [Mfn(0), Mfn(1), Mfn(2), Mfn(3)];
 const RO: MapFlags = MapFlags::HOST_MAP.union(MapFlags::READONLY);
 const RW: MapFlags = MapFlags::HOST_MAP;
 
-///
-/// `INSIDE`: whether bytes are moved inside a table.
-struct World<const INSIDE: bool = false> {
-    engine: Engine<House<INSIDE>>,
+struct World {
+    engine: Engine<House>,
     /// The life of G, apart from G.
     life: Arc<Watched>,
 }
 
-type Dom<const INSIDE: bool = false> = Arc<Domain<House<INSIDE>>>;
+type Dom = Arc<Domain<House>>;
 
 impl World {
-    fn new(version: Version) -> Arc<World> {
-        World::of(version)
-    }
-}
-
-impl<const INSIDE: bool> World<INSIDE> {
     /// G, with a table of as many frames as the version needs to have [`GREF`] and [`OTHER`], and C.
-    fn of(version: Version) -> Arc<Self> {
+    fn new(version: Version) -> Arc<World> {
+        World::where_bytes_move(false, version)
+    }
+
+    /// The same where bytes are moved inside a table, or outside.
+    fn where_bytes_move(inside: bool, version: Version) -> Arc<World> {
         let config = Config {
             processors: 3,
             ..Config::default()
         };
-        let house = House::<INSIDE>::default();
+        let house = House::where_bytes_move(inside);
         for (mfn, owner) in PAGES.into_iter().zip([G, G, T, C]) {
             house.give(mfn, owner);
         }
@@ -93,7 +90,7 @@ impl<const INSIDE: bool> World<INSIDE> {
         self.act(0, id, 0, |cpu, vcpu| assert_eq!(cpu.set_version(vcpu, 2), Ok(())));
     }
 
-    fn domain(&self, id: DomId) -> Dom<INSIDE> {
+    fn domain(&self, id: DomId) -> Dom {
         self.engine.domain(id).expect("it is there")
     }
 
@@ -103,14 +100,14 @@ impl<const INSIDE: bool> World<INSIDE> {
         processor: usize,
         id: DomId,
         number: usize,
-        work: impl FnOnce(&mut Processor<'_, House<INSIDE>>, &Vcpu<House<INSIDE>>) -> R,
+        work: impl FnOnce(&mut Processor<'_, House>, &Vcpu<House>) -> R,
     ) -> R {
         let mut cpu = self.engine.processor(processor).expect("nobody else is it");
         let vcpu = Vcpu::take(&self.domain(id), number).expect("nobody else is it");
         work(&mut cpu, &vcpu)
     }
 
-    fn house(&self) -> &House<INSIDE> {
+    fn house(&self) -> &House {
         self.engine.hypervisor()
     }
 
@@ -176,12 +173,7 @@ impl<const INSIDE: bool> World<INSIDE> {
     }
 }
 
-fn map<const INSIDE: bool>(
-    cpu: &mut Processor<'_, House<INSIDE>>,
-    vcpu: &Vcpu<House<INSIDE>>,
-    gref: GrantRef,
-    flags: MapFlags,
-) -> MapGrantRef {
+fn map(cpu: &mut Processor<'_, House>, vcpu: &Vcpu<House>, gref: GrantRef, flags: MapFlags) -> MapGrantRef {
     let mut item = MapGrantRef {
         host_addr: 0x1000 * (vcpu.number as u64 + 1),
         flags,
@@ -193,9 +185,9 @@ fn map<const INSIDE: bool>(
     item
 }
 
-fn unmap<const INSIDE: bool>(
-    cpu: &mut Processor<'_, House<INSIDE>>,
-    vcpu: &Vcpu<House<INSIDE>>,
+fn unmap(
+    cpu: &mut Processor<'_, House>,
+    vcpu: &Vcpu<House>,
     host_addr: u64,
     handle: GrantHandle,
 ) -> GrantStatus {
@@ -209,12 +201,7 @@ fn unmap<const INSIDE: bool>(
 }
 
 /// C maps, uses the page and unmaps; the result is the map's status.
-fn session<const INSIDE: bool>(
-    world: &World<INSIDE>,
-    number: usize,
-    gref: GrantRef,
-    flags: MapFlags,
-) -> GrantStatus {
+fn session(world: &World, number: usize, gref: GrantRef, flags: MapFlags) -> GrantStatus {
     world.act(number + 1, C, number, |cpu, vcpu| {
         let mapped = map(cpu, vcpu, gref, flags);
         if mapped.status.is_okay() {
@@ -570,7 +557,7 @@ fn both_die() {
     });
 }
 
-fn copy<const INSIDE: bool>(world: &World<INSIDE>, number: usize) -> GrantStatus {
+fn copy(world: &World, number: usize) -> GrantStatus {
     world.act(number + 1, C, number, |cpu, vcpu| {
         let mut item = Copy {
             source: CopyPtr::grant(G, GREF, 0),
@@ -588,7 +575,7 @@ fn copy<const INSIDE: bool>(world: &World<INSIDE>, number: usize) -> GrantStatus
 #[test]
 fn copy_against_session() {
     for version in [Version::V1, Version::V2] {
-        a_copy_against_a_session::<false>(version);
+        a_copy_against_a_session(false, version);
     }
 }
 
@@ -596,13 +583,13 @@ fn copy_against_session() {
 #[test]
 fn copy_inside_against_session() {
     for version in [Version::V1, Version::V2] {
-        a_copy_against_a_session::<true>(version);
+        a_copy_against_a_session(true, version);
     }
 }
 
-fn a_copy_against_a_session<const INSIDE: bool>(version: Version) {
+fn a_copy_against_a_session(inside: bool, version: Version) {
     up_to_preemptions(3, move || {
-        let world = World::<INSIDE>::of(version);
+        let world = World::where_bytes_move(inside, version);
         world.grant(G, GREF, C, PAGES[0]);
         let other = Arc::clone(&world);
         let thread = thread::spawn(move || session(&other, 0, GREF, RW));
@@ -618,7 +605,7 @@ fn a_copy_against_a_session<const INSIDE: bool>(version: Version) {
 fn copy_inside_against_end_of_access() {
     for version in [Version::V1, Version::V2] {
         every_order(move || {
-            let world = World::<true>::of(version);
+            let world = World::where_bytes_move(true, version);
             world.grant(G, GREF, C, PAGES[0]);
             let other = Arc::clone(&world);
             let thread = thread::spawn(move || copy(&other, 0));
@@ -637,7 +624,7 @@ fn copy_inside_against_end_of_access() {
 #[test]
 fn copy_against_change_of_version() {
     for (version, wanted) in [(Version::V1, 2), (Version::V2, 1)] {
-        a_copy_against_a_change_of_version::<false>(version, wanted);
+        a_copy_against_a_change_of_version(false, version, wanted);
     }
 }
 
@@ -645,13 +632,13 @@ fn copy_against_change_of_version() {
 #[test]
 fn copy_inside_against_change_of_version() {
     for (version, wanted) in [(Version::V1, 2), (Version::V2, 1)] {
-        a_copy_against_a_change_of_version::<true>(version, wanted);
+        a_copy_against_a_change_of_version(true, version, wanted);
     }
 }
 
-fn a_copy_against_a_change_of_version<const INSIDE: bool>(version: Version, wanted: u32) {
+fn a_copy_against_a_change_of_version(inside: bool, version: Version, wanted: u32) {
     up_to_preemptions(3, move || {
-        let world = World::<INSIDE>::of(version);
+        let world = World::where_bytes_move(inside, version);
         world.grant(G, GREF, C, PAGES[0]);
         let other = Arc::clone(&world);
         let thread = thread::spawn(move || copy(&other, 0));

@@ -43,7 +43,7 @@ fn element_against_growth() {
 fn entries_against_growth() {
     for version in [Version::V1, Version::V2] {
         every_order(move || {
-            let world = Arc::new((<House>::default(), Home::new(DomId(1), Arc::default())));
+            let world = Arc::new((House::default(), Home::new(DomId(1), Arc::default())));
             let table = Arc::new(Table::new(&world.0, &world.1, 2).unwrap());
             table.make_status(&world.0, &world.1, 1).unwrap();
             table.set_version(version);
@@ -100,7 +100,7 @@ fn first_use_against_first_use() {
 #[test]
 fn growth_against_growth() {
     every_order(|| {
-        let world = Arc::new((<House>::default(), Home::new(DomId(1), Arc::default())));
+        let world = Arc::new((House::default(), Home::new(DomId(1), Arc::default())));
         let table = Arc::new(Table::new(&world.0, &world.1, 3).unwrap());
         let grow = |table: &Table<_>, world: &(House, Home), frames| {
             let _admin = table.admin.lock();

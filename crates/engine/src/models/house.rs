@@ -45,14 +45,24 @@ struct Frame {
 /// See the module. Its own lock is no matter of the model: nothing that the checker knows happens
 /// while it is held.
 #[derive(Default)]
-pub(super) struct House<const INSIDE: bool = false> {
+pub(super) struct House {
+    /// Bytes are moved inside a table.
+    inside: bool,
     frames: Mutex<[Frame; FRAMES]>,
     /// Addresses at which something is mapped.
     mapped: Mutex<Vec<u64>>,
     pages: [Watched; FRAMES],
 }
 
-impl<const INSIDE: bool> House<INSIDE> {
+impl House {
+    /// Inside a table, or outside.
+    pub(super) fn where_bytes_move(inside: bool) -> House {
+        House {
+            inside,
+            ..House::default()
+        }
+    }
+
     fn frames(&self) -> MutexGuard<'_, [Frame; FRAMES]> {
         self.frames.lock().expect("a panic ends the model")
     }
@@ -96,9 +106,7 @@ fn index(mfn: Mfn) -> usize {
     usize::try_from(mfn.0).unwrap()
 }
 
-impl<const INSIDE: bool> Hypervisor for House<INSIDE> {
-    const COPY_INSIDE: bool = INSIDE;
-
+impl Hypervisor for House {
     type Domain = Home;
     type TablePage = Arc<PageWords>;
 
@@ -133,6 +141,10 @@ impl<const INSIDE: bool> Hypervisor for House<INSIDE> {
     fn put_writable(&self, mfn: Mfn) {
         let frame = &mut self.frames()[index(mfn)];
         frame.types = frame.types.checked_sub(1).expect("dropped once");
+    }
+
+    fn copy_waits(&self) -> bool {
+        !self.inside
     }
 
     fn copy(&self, (source, _): (Mfn, u16), (dest, _): (Mfn, u16), _: u16) {

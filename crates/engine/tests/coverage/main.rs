@@ -199,9 +199,9 @@ fn sequences(cells: &mut Cells) {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[0xC0; 32]);
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
     let strategy = (strategy::scene(), strategy::steps(80));
-    for _ in 0..SEQUENCES {
+    for number in 0..SEQUENCES {
         let (limits, steps) = strategy.new_tree(&mut runner).expect("a sequence").current();
-        let mut world = world::World::new(&limits);
+        let mut world = world::World::new(&limits).with_work_inside(number % 8 == 7);
         steps.iter().for_each(|step| world.take(step));
         world.check();
         for seen in std::mem::take(&mut world.seen).into_keys() {

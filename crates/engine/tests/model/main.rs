@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Mutex, PoisonError};
 
+use proptest::prelude::any;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
 
 use spec::Limits;
@@ -33,8 +34,8 @@ static PANIC: Mutex<String> = Mutex::new(String::new());
 /// How often each answer was given, in all sequences.
 type Seen = BTreeMap<world::Seen, u32>;
 
-fn run(limits: &[Limits], steps: &[Step], seen: &mut Seen) -> Result<(), TestCaseError> {
-    let mut world = World::new(limits);
+fn run(limits: &[Limits], steps: &[Step], inside: bool, seen: &mut Seen) -> Result<(), TestCaseError> {
+    let mut world = World::new(limits).with_work_inside(inside);
     let mut trace = Vec::new();
     let done = panic::catch_unwind(AssertUnwindSafe(|| {
         let checked = panic::catch_unwind(AssertUnwindSafe(|| {
@@ -92,8 +93,9 @@ mod tests {
         let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed_bytes);
         let mut runner = TestRunner::new_with_rng(config, rng);
         let seen = RefCell::new(Seen::new());
-        let done = runner.run(&(strategy::scene(), strategy::steps(80)), |(limits, steps)| {
-            run(&limits, &steps, &mut seen.borrow_mut())
+        let cases = (strategy::scene(), strategy::steps(80), any::<bool>());
+        let done = runner.run(&cases, |(limits, steps, inside)| {
+            run(&limits, &steps, inside, &mut seen.borrow_mut())
         });
         let _ = panic::take_hook();
         for (seen, times) in seen.into_inner() {

@@ -213,6 +213,8 @@ pub(crate) struct World {
     /// How often which answer was given.
     pub(crate) seen: BTreeMap<Seen, u32>,
     in_flight: bool,
+    /// Copies and flushes are made inside tables, where nobody can be stopped.
+    inside: bool,
     /// Who is in the middle of something.
     pub(crate) caller: Option<DomId>,
 }
@@ -242,11 +244,19 @@ impl World {
             tells: true,
             seen: BTreeMap::new(),
             in_flight: false,
+            inside: false,
             caller: None,
         };
         let ids: Vec<DomId> = world.limits.keys().copied().collect();
         ids.into_iter().for_each(|id| world.create(id));
         world
+    }
+
+    /// Has copies and flushes made inside tables, or not.
+    pub(crate) fn with_work_inside(mut self, inside: bool) -> World {
+        self.machine.work_inside(inside);
+        self.inside = inside;
+        self
     }
 
     pub(crate) fn domain(&self, id: DomId) -> Option<Dom> {
@@ -756,7 +766,7 @@ impl World {
     }
 
     /// Makes a call on both sides. With a `meanwhile`, and if the model says that the call comes to
-    /// `hook`, the engine's side is stopped there until that is done.
+    /// `hook`, the engine's side is stopped there, where it can be, until that is done.
     fn around<T>(
         &mut self,
         l: DomId,
@@ -768,7 +778,7 @@ impl World {
     ) -> (Called, T) {
         let mut comes_there = false;
         on_model(&mut self.model.clone(), &mut |_| comes_there = true);
-        let Some(meanwhile) = meanwhile.filter(|_| comes_there) else {
+        let Some(meanwhile) = meanwhile.filter(|_| comes_there && !self.inside) else {
             let called = self.call(l, manner, request);
             let result = on_model(&mut self.model, &mut |_| {});
             return (called, result);
