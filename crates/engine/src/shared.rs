@@ -521,7 +521,8 @@ fn store_askew(pages: &[PageWords], offset: usize, few: [u8; FEW], len: usize) {
 }
 
 /// Moves bytes by instructions that have a meaning whatever is written meanwhile, also to the same bytes,
-/// which accesses of the language have not. Up to 64 bytes are all loaded before the first is stored.
+/// which accesses of the language have not. Of every 64 bytes all are loaded before the first is stored. (A string
+/// instruction is no faster within a cache, and what comes behind it waits for its end.)
 ///
 /// # Safety
 ///
@@ -530,7 +531,7 @@ fn store_askew(pages: &[PageWords], offset: usize, few: [u8; FEW], len: usize) {
 #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
 #[expect(clippy::multiple_unsafe_ops_per_block, reason = "one arm of them runs")]
 #[inline(always)]
-unsafe fn carry(from: *const u8, to: *mut u8, len: usize) {
+unsafe fn carry(mut from: *const u8, mut to: *mut u8, mut len: usize) {
     use core::arch::asm;
 
     /// Two moves of one width: the first bytes, and the last, which may be some of the same.
@@ -547,15 +548,28 @@ unsafe fn carry(from: *const u8, to: *mut u8, len: usize) {
             )
         };
     }
-    // SAFETY: the caller's promise; each arm stays within `len` bytes, which its range says it has. The
-    // direction flag is clear wherever Rust code runs.
+    while len > LINE {
+        // SAFETY: the caller's promise; more than these bytes are left.
+        unsafe {
+            asm!(
+                "movups {a}, [{from}]",
+                "movups {b}, [{from} + 16]",
+                "movups {c}, [{from} + 32]",
+                "movups {d}, [{from} + 48]",
+                "movups [{to}], {a}",
+                "movups [{to} + 16], {b}",
+                "movups [{to} + 32], {c}",
+                "movups [{to} + 48], {d}",
+                from = in(reg) from, to = in(reg) to,
+                a = out(xmm_reg) _, b = out(xmm_reg) _, c = out(xmm_reg) _, d = out(xmm_reg) _,
+                options(nostack, preserves_flags),
+            );
+        }
+        (from, to, len) = (from.wrapping_add(LINE), to.wrapping_add(LINE), len - LINE);
+    }
+    // SAFETY: the caller's promise; each arm stays within `len` bytes, which its range says it has.
     unsafe {
         match len {
-            65.. => asm!(
-                "rep movsb",
-                inout("rcx") len => _, inout("rsi") from => _, inout("rdi") to => _,
-                options(nostack, preserves_flags),
-            ),
             33.. => asm!(
                 "movups {a}, [{from}]",
                 "movups {b}, [{from} + 16]",
