@@ -218,32 +218,30 @@ impl<H: Hypervisor> Visit<'_, H> {
         };
         let engine = self.engine;
         let (hv, domain) = (&engine.hv, caller.domain);
-        // Still the table of before, which the pin keeps.
-        let granter = self.enter(dom).ok_or(GrantStatus::GENERAL_ERROR)?;
+        // The table of before, which was not left, and so the handle of before.
+        let (Some(granter), Some(free)) = (self.enter(dom), caller.handles.take_first()) else {
+            return Err(GrantStatus::GENERAL_ERROR);
+        };
         let mapping = Mapping::new(hv, domain, granter, &item);
-        // The handle that was there before.
-        let free = caller.handles.allocate();
-        let installed = match (free, found) {
-            (Some(free), Ok(found)) => mapping.install_all(mfn, Some(found)).map(|()| free),
-            (_, found) => Err(mapping.unmade(
+        let made = match found {
+            Ok(found) => mapping.install_all(mfn, Some(found)),
+            Err(host) => Err(mapping.unmade(
                 mfn,
                 &Taken {
                     frames: 1,
-                    types: granter.takes_type(mapping.access).into(),
+                    types: mapping.host_type.into(),
                     found: None,
-                    host: found.is_err_and(|host| host),
+                    host,
                 },
             )),
         };
-        match installed {
-            Ok(free) => {
+        match made {
+            Ok(()) => {
                 hv.hook(Hook::MapPublish);
                 Ok((free.publish(record_of(&item), now), mfn))
             }
             Err(undo) => {
-                if let Some(free) = free {
-                    caller.handles.release(free);
-                }
+                caller.handles.release(free);
                 Err(self.undo(domain, undo))
             }
         }
@@ -639,4 +637,59 @@ fn unpin_one_of(active: Active<'_>, shared: SharedEntry<'_>, seen: State, pins: 
         |left| marks_to_clear(left, ended),
         |marks| clear_marks(&shared, marks),
     );
+}
+
+#[cfg(feature = "machine")]
+#[cfg(test)]
+mod tests {
+    use core::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::machine::{C, G, PageType, Scene};
+
+    /// HND-5: who gathers handles waits for those inside tables, and a mapping that is inside one then keeps to the
+    /// handle it saw. Of its granter's page table it may not give back a type that it never had.
+    #[test]
+    fn a_mapping_that_handles_are_gathered_around_fails_for_its_own_reasons_only() {
+        let scene = Scene::pv()
+            .limits(C, |limits| limits.maptrack_frames = Some(1))
+            .build();
+        let read_only = MapFlags::HOST_MAP | MapFlags::READONLY;
+        // The caller's handles and the state of the entries are there from here on.
+        let mapped = scene.map(scene.place(0), read_only);
+        assert_eq!(scene.unmap(scene.place(0), mapped.handle), GrantStatus::OKAY);
+        assert!(
+            scene
+                .domain(G)
+                .private()
+                .use_as(scene.frame.mfn, PageType::L1Table)
+        );
+
+        let (began, ended) = (AtomicBool::new(false), AtomicBool::new(false));
+        let wait_for = |flag: &AtomicBool| {
+            while !flag.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+        };
+        let parked = scene.machine.hooks().park(Hook::MapPinned);
+        let caller = scene.domain(C);
+        let status = std::thread::scope(|scope| {
+            let mapping = scope.spawn(|| scene.map(scene.place(1), MapFlags::HOST_MAP).status);
+            parked.wait();
+            scope.spawn(|| {
+                caller.maptrack.gather(|| {
+                    began.store(true, Ordering::SeqCst);
+                    wait_for(&ended);
+                });
+            });
+            wait_for(&began);
+            parked.release();
+            let status = mapping.join();
+            ended.store(true, Ordering::SeqCst);
+            status.unwrap()
+        });
+        assert_eq!(status, GrantStatus::GENERAL_ERROR);
+        assert_eq!(scene.audit(), []);
+        assert_eq!(scene.map(scene.place(1), read_only).status, GrantStatus::OKAY);
+    }
 }

@@ -388,9 +388,22 @@ impl<'a> Handles<'a> {
     /// The first free handle of the vCPU's own, which stays where it is; called from inside a table.
     #[inline(always)]
     pub(crate) fn first(&self) -> Option<Free<'a>> {
-        let handle = GrantHandle(self.own()?.top.load(Ordering::Relaxed).checked_sub(1)?);
+        self.first_of(self.own()?)
+    }
+
+    #[inline(always)]
+    fn first_of(&self, own: &Own) -> Option<Free<'a>> {
+        let handle = GrantHandle(own.top.load(Ordering::Relaxed).checked_sub(1)?);
         let slot = self.slot(handle)?;
         Some(Free { handle, slot })
+    }
+
+    /// Finds once more, and takes, what [`Handles::first`] gave, likewise. Somebody may have begun to gather since:
+    /// the list is the vCPU's own until the table is left.
+    pub(crate) fn take_first(&self) -> Option<Free<'a>> {
+        let free = self.first_of(self.own)?;
+        self.take(free);
+        Some(free)
     }
 
     /// Takes what [`Handles::first`] gave, with nothing done to the list, and no table left, in between.
