@@ -227,6 +227,8 @@ impl<H: Hypervisor> Visit<'_, H> {
             .is_none_or(|kept| kept.0 != (item.source.domid, item.dest.domid))
             && let Err(status) = self.copy_domains(caller, run, (item.source.domid, item.dest.domid))
         {
+            // Of two sides that are the caller's no table was entered, and so none left.
+            self.begin_item();
             self.end_copy(run);
             return Err(status);
         }
@@ -963,4 +965,51 @@ fn pin_far<H: Hypervisor>(
         claim.publish_first(mfn, State::first(user, UseKind::Transitive, wanted));
     }
     Ok(())
+}
+
+#[cfg(feature = "machine")]
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::{C, Check, G, Scene};
+
+    /// Every item gives way, one too that is refused before it comes to a table.
+    #[test]
+    fn an_item_that_the_policy_refuses_gives_way_to_who_wants_the_table_alone() {
+        let scene = Scene::pv().build();
+        scene
+            .machine
+            .set_rule(|check| matches!(check, Check::Copy(_, C, C)).then_some(false));
+        let own = CopyPtr::frame(scene.local[0].gfn.0, 0);
+        let granted = Copy {
+            source: CopyPtr::grant(G, Scene::GREF, 0),
+            dest: own,
+            len: 8,
+            flags: CopyFlags::SOURCE_GREF,
+            ..Copy::default()
+        };
+        let refused = Copy {
+            source: own,
+            flags: CopyFlags::empty(),
+            ..granted
+        };
+        // Of such a copy nothing is kept, and the table not left.
+        scene.machine.work_inside(true);
+        let (mut cpu, vcpu, granter) = (scene.processor(), scene.vcpu(C, 0), scene.domain(G));
+        let (mut visit, caller, mut run) = (cpu.visit(&vcpu.domain), vcpu.caller(), Run::new());
+        // The first makes the entry's state.
+        for _ in 0..2 {
+            let status = visit.copy_item(&caller, &mut run, &granted, true);
+            assert_eq!(status, GrantStatus::OKAY);
+            if !run.keeps_nothing() {
+                visit.end_copy(&mut run);
+            }
+        }
+        assert!(run.keeps_nothing() && scene.engine.registry.is_anybody_inside());
+        granter.table.gate.shut();
+        let status = visit.copy_item(&caller, &mut run, &refused, true);
+        let kept = scene.engine.registry.is_anybody_inside();
+        granter.table.gate.open();
+        assert_eq!((status, kept), (GrantStatus::PERMISSION_DENIED, false));
+    }
 }
