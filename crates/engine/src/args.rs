@@ -34,7 +34,8 @@ pub(crate) trait Arguments: Copy {
     /// A look at arguments ahead of their turn, one after the other, as far as there are any.
     fn peek(self, items: Range<u32>, size: usize, look: impl FnMut(&Raw));
 
-    /// Writes an argument from a byte on that begins a word.
+    /// Writes an argument whose bytes before `from`, which begins a word, are as they were read: where they can be
+    /// written for certain, they need not be.
     fn write(self, index: u32, size: usize, from: usize, raw: Raw) -> Result<(), Fault>;
 
     /// Writes an argument's status, at `offset`.
@@ -111,9 +112,8 @@ impl<M: GuestMemory + ?Sized> Arguments for Args<'_, M> {
     }
 
     #[inline(always)]
-    fn write(self, index: u32, size: usize, from: usize, raw: Raw) -> Result<(), Fault> {
-        let at = self.at(index, size).wrapping_add(from as u64);
-        self.memory.write(at, &raw[from..size])
+    fn write(self, index: u32, size: usize, _: usize, raw: Raw) -> Result<(), Fault> {
+        self.memory.write(self.at(index, size), &raw[..size])
     }
 
     #[inline(always)]

@@ -343,7 +343,7 @@ where
                 // An array of its own: the structure has no padding that had to stay.
                 let mut raw = [0; LARGEST];
                 answer.encode(abi, &mut raw).map_err(|_| Errno::Fault)?;
-                // What comes before is as it was.
+                // What comes before is as it was read.
                 args.write(index, size, 16, raw)?;
             }
         }

@@ -7,7 +7,7 @@ mod tests {
     use std::cell::Cell;
 
     use gnttab_abi::{
-        Abi, Command, Copy, CopyFlags, CopyPtr, DomId, GrantHandle, MapFlags, MapGrantRef, Op,
+        Abi, Command, Copy, CopyFlags, CopyPtr, DomId, Errno, GrantHandle, MapFlags, MapGrantRef, Op,
         UnmapAndReplace, UnmapGrantRef,
     };
     use gnttab_engine::machine::{C, G, Scene};
@@ -214,5 +214,50 @@ mod tests {
             }
             assert_eq!((memory.asked.get(), memory.content()), (0, vec![0; 8192]));
         }
+    }
+
+    /// Memory whose first page can only be read.
+    struct HalfReadOnly(Memory);
+
+    impl GuestMemory for HalfReadOnly {
+        fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
+            self.0.read(addr, into)
+        }
+
+        fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), Fault> {
+            if at(addr) < 4096 {
+                return Err(Fault { addr });
+            }
+            self.0.write(addr, bytes)
+        }
+    }
+
+    /// Spec 1.8, 3.3: the whole structure of a mapping is written back, what came in too, and cannot be where that
+    /// cannot be written. The mapping exists.
+    #[test]
+    fn a_mapping_whose_structure_cannot_be_written_back_whole_is_a_fault() {
+        let scene = Scene::pv().build();
+        let item = MapGrantRef {
+            host_addr: scene.place(0),
+            flags: MapFlags::HOST_MAP,
+            gref: Scene::GREF,
+            dom: G,
+            ..MapGrantRef::default()
+        };
+        let memory = HalfReadOnly(Memory::new(&[], None));
+        let mut raw = [0; 32];
+        item.encode(Abi::X86_64, &mut raw).unwrap();
+        // All that comes out of it lies in the second page.
+        assert!(PageWords::write_run(&memory.0.pages, 4096 - 16, &raw));
+        let call = Call {
+            command: Command::new(Op::MapGrantRef),
+            addr: 4096 - 16,
+            count: 1,
+        };
+        let outcome = scene
+            .processor()
+            .hypercall(&scene.vcpu(C, 0), Abi::X86_64, call, &memory, &mut || false);
+        assert_eq!(outcome, Outcome::Done(Err(Errno::Fault)));
+        assert_eq!(scene.domain(C).mappings().count(), 1);
     }
 }
