@@ -3,6 +3,8 @@
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::cell::Cell;
+use core::marker::PhantomData;
 
 use gnttab_abi::{DomId, GrantStatus, Mfn, Op};
 
@@ -391,10 +393,22 @@ impl<H: Hypervisor> core::fmt::Debug for Domain<H> {
 
 /// The right to act as one vCPU of a domain. There is at most one for each vCPU at a time.
 ///
-/// Handles that this vCPU frees it gets back first, and its counters have one writer.
+/// Handles that this vCPU frees it gets back first, and its counters have one writer: it can be sent to another
+/// thread, but not shared with one.
+///
+/// ```compile_fail
+/// use gnttab_engine::machine::Machine;
+/// use gnttab_engine::Vcpu;
+///
+/// fn share(_: impl Sync) {}
+/// fn share_vcpu(vcpu: Vcpu<Machine>) {
+///     share(vcpu);
+/// }
+/// ```
 pub struct Vcpu<H: Hypervisor> {
     pub(crate) domain: Arc<Domain<H>>,
     pub(crate) number: usize,
+    one_thread: PhantomData<Cell<()>>,
 }
 
 impl<H: Hypervisor> Vcpu<H> {
@@ -406,6 +420,7 @@ impl<H: Hypervisor> Vcpu<H> {
         free.then(|| Vcpu {
             domain: Arc::clone(domain),
             number,
+            one_thread: PhantomData,
         })
     }
 
