@@ -279,29 +279,52 @@ impl<H: Hypervisor> Visit<'_, H> {
         if by_frame_is_own(own, false).is_err() || check_ranges(item, Span::WHOLE, Span::WHOLE).is_err() {
             return None;
         }
-        // 2, 3: the claim of the entry stands for the pin
+        // 2, 3: the source first, for a claim that comes to nothing takes marks off the entry, whosever they were
         let granter = (number_of(granted, caller), judged);
         let room = self.enter_or_stay(granter.0)?;
-        if !room.is(granter.1) {
+        let entry = room.view.entry(granted.gref())?;
+        if !room.is(granter.1) || (!FROM_GRANT && !entry.active.is_unused()) {
             return None;
         }
-        let entry = room.view.entry(granted.gref())?;
-        let claim = entry.active.claim(State::default())?;
-        begin_use(hv, &entry.shared, false, caller.id(), access, Wanted::Whole).ok()?;
-        let theirs = (&**room, entry.shared.load_frame());
-        let (from, to) = if FROM_GRANT {
-            (theirs, (caller, own.u))
+        let own_source = if FROM_GRANT {
+            None
         } else {
-            ((caller, own.u), theirs)
+            match frame_of(hv, caller, own.u, Access::Read) {
+                Ok(mfn) => Some(mfn),
+                Err(status) => return Some(Err(status)),
+            }
         };
-        let source = frame_of(hv, from, Access::Read);
+        // The claim of the entry stands for the pin.
+        let claim = match entry.active.claim(State::default()) {
+            Some(claim)
+                if begin_use(hv, &entry.shared, false, caller.id(), access, Wanted::Whole).is_ok() =>
+            {
+                claim
+            }
+            _ => {
+                if let Some(mfn) = own_source {
+                    put(hv, mfn, false);
+                }
+                return None;
+            }
+        };
+        let theirs = entry.shared.load_frame();
+        let source = match own_source {
+            Some(mfn) => Ok(mfn),
+            None => frame_of(hv, room, theirs, Access::Read),
+        };
+        let (to, gfn) = if FROM_GRANT {
+            (caller, own.u)
+        } else {
+            (&**room, theirs)
+        };
         let dest = match source {
-            Ok(_) => frame_of(hv, to, Access::Write),
+            Ok(_) => frame_of(hv, to, gfn, Access::Write),
             Err(status) => Err(status),
         };
         // 7
         if let (Ok(source), Ok(dest)) = (source, dest) {
-            move_bytes(hv, item, source, dest, to.0);
+            move_bytes(hv, item, source, dest, to);
         }
         // The marks and the claim go before the references that they stand for.
         end_use(&entry.shared, State::default(), access);
@@ -815,11 +838,7 @@ fn number_of<H: Hypervisor>(side: &CopyPtr, caller: &Domain<H>) -> DomId {
 
 /// A frame of a domain's with a reference, and with the writable type if it is to be written.
 #[inline(always)]
-fn frame_of<H: Hypervisor>(
-    hv: &H,
-    (domain, gfn): (&Domain<H>, u64),
-    access: Access,
-) -> Result<Mfn, GrantStatus> {
+fn frame_of<H: Hypervisor>(hv: &H, domain: &Domain<H>, gfn: u64, access: Access) -> Result<Mfn, GrantStatus> {
     let writes = access == Access::Write;
     let (Resolved { mfn, .. }, typed) = resolve(hv, domain, Gfn(gfn), access, writes)?;
     if writes && typed != Some(true) {

@@ -13,7 +13,7 @@ mod tests {
     };
     use gnttab_engine::machine::{Between, C, G, Guest, P2mEntry, Page, Request, Scene, T, Verdict, Watch};
     use gnttab_engine::{
-        Access, Call, DomainKind, Fault, GuestMemory, Outcome, PageWords, Release, Vcpu, Version,
+        Access, Call, DomainKind, EntryWords, Fault, GuestMemory, Outcome, PageWords, Release, Vcpu, Version,
     };
 
     const AT: u64 = 0x10_0000;
@@ -443,7 +443,12 @@ mod tests {
     /// Spec 5.5: what was written through an entry is dirty, and what was only read is not.
     #[test]
     fn a_copy_that_reads_makes_nothing_dirty() {
+        [false, true].into_iter().for_each(reads_make_nothing_dirty);
+    }
+
+    fn reads_make_nothing_dirty(inside: bool) {
         let scene = Scene::pv().build();
+        scene.machine.work_inside(inside);
         let granted = CopyPtr::grant(G, Scene::GREF, 0);
         let own = CopyPtr::frame(scene.local[0].gfn.0, 0);
         let dirty = || scene.domain(G).private().dirty();
@@ -461,6 +466,46 @@ mod tests {
             scene.processor().copy(&scene.vcpu(C, 0), &mut items);
             assert_eq!(items[0].status, GrantStatus::OKAY);
             assert_eq!(dirty(), expected);
+        }
+    }
+
+    /// Spec 5.2: the source is claimed before the destination, which is not touched if there is none: not even a
+    /// mark that its granter left there goes. So inside a table as outside.
+    #[test]
+    fn of_two_sides_the_source_is_claimed_first() {
+        const LEFT: EntryFlags = EntryFlags::PERMIT_ACCESS.union(EntryFlags::WRITING);
+        for (inside, version) in [(false, Version::V1), (true, Version::V1), (true, Version::V2)] {
+            let scene = Scene::pv().version(G, version).build();
+            scene.machine.work_inside(inside);
+            let into_grant = |gfn| {
+                let mut items = [Copy {
+                    source: CopyPtr::frame(gfn, 0),
+                    dest: CopyPtr::grant(G, Scene::GREF, 0),
+                    len: 8,
+                    flags: CopyFlags::DEST_GREF,
+                    ..Copy::default()
+                }];
+                scene.processor().copy(&scene.vcpu(C, 0), &mut items);
+                items[0].status
+            };
+            let own = scene.local[0].gfn.0;
+            assert_eq!(into_grant(own), GrantStatus::OKAY);
+            let leave = || match version {
+                Version::V1 => {
+                    let EntryWords::V1(mut entry) = scene.entry(G, Scene::GREF) else {
+                        unreachable!("the table's version")
+                    };
+                    entry.head.flags = LEFT;
+                    scene.set_v1(G, Scene::GREF, entry);
+                }
+                Version::V2 => scene.set_status(G, Scene::GREF, EntryFlags::WRITING),
+            };
+            leave();
+            assert_eq!(into_grant(0xF_FFFF), GrantStatus::BAD_PAGE);
+            assert_eq!(scene.flags(G, Scene::GREF), LEFT, "inside: {inside}");
+            assert_eq!(into_grant(own), GrantStatus::OKAY);
+            assert_eq!(scene.flags(G, Scene::GREF), EntryFlags::PERMIT_ACCESS);
+            assert_eq!(scene.audit(), []);
         }
     }
 
