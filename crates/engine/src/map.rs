@@ -172,14 +172,14 @@ impl<H: Hypervisor> Visit<'_, H> {
             granter: item.dom,
         };
         if hv.map_host(domain.private(), &mapping).is_err() {
-            return Err(Rest::Undo(mfn, false));
+            return Err(Rest::Undo { mfn, mapped: false });
         }
         // 16
         if item.dom != domain.id()
             && hv.iommu_follows(domain.private())
             && iommu::add(hv, domain, mfn, access).is_err()
         {
-            return Err(Rest::Undo(mfn, true));
+            return Err(Rest::Undo { mfn, mapped: true });
         }
         // 17
         hv.hook(Hook::MapPublish);
@@ -214,7 +214,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             }
             Rest::Refused(status) => return Err(status),
             Rest::Install(mfn, found) => (mfn, Ok(found)),
-            Rest::Undo(mfn, host) => (mfn, Err(host)),
+            Rest::Undo { mfn, mapped } => (mfn, Err(mapped)),
         };
         let engine = self.engine;
         let (hv, domain) = (&engine.hv, caller.domain);
@@ -225,13 +225,13 @@ impl<H: Hypervisor> Visit<'_, H> {
         let mapping = Mapping::new(hv, domain, granter, &item);
         let made = match found {
             Ok(found) => mapping.install_all(mfn, Some(found)),
-            Err(host) => Err(mapping.unmade(
+            Err(mapped) => Err(mapping.unmade(
                 mfn,
                 &Taken {
                     frames: 1,
                     types: mapping.host_type.into(),
                     found: None,
-                    host,
+                    host: mapped,
                 },
             )),
         };
@@ -348,7 +348,7 @@ enum Rest {
     /// Pinned, with what the look-up of its frame found: steps 11 to 17.
     Install(Mfn, Found),
     /// To undo it: pinned, with the reference and, where a mapping takes it, the type, and mapped or not.
-    Undo(Mfn, bool),
+    Undo { mfn: Mfn, mapped: bool },
 }
 
 /// The owner of a frame that was referenced, and whether the writable type was had with it; `None`: not asked for.
