@@ -25,6 +25,8 @@ use crate::registry::{Room, Visit};
 
 /// Items that are looked at together, a group ahead of the one at work.
 const GROUP: u32 = 8;
+/// Half a group on, what the entries lead to is asked for.
+const HALF: u32 = GROUP / 2;
 /// Batches below this are over before anything asked for has come.
 const SMALLEST: u32 = 4;
 
@@ -164,16 +166,12 @@ fn expect_entries<T: Foresee, H: Hypervisor>(
 ) {
     // References that follow each other often share their lines: those of the one before are on their way.
     let mut last = u32::MAX;
-    args.peek(items, T::SIZE, |raw| {
-        if let Some(uses) = T::uses(raw, caller.id())
-            && uses.granter == granter.id()
-        {
-            T::expect_own(hv, caller.private(), &uses);
-            let line = uses.gref.0 / IN_A_LINE;
-            if last != line {
-                granter.view.expect(uses.gref);
-                last = line;
-            }
+    uses_of::<T, H>(granter, caller, items, args, |uses| {
+        T::expect_own(hv, caller.private(), &uses);
+        let line = uses.gref.0 / IN_A_LINE;
+        if last != line {
+            granter.view.expect(uses.gref);
+            last = line;
         }
     });
 }
@@ -187,19 +185,31 @@ fn expect_frames<T: Foresee, H: Hypervisor>(
     items: Range<u32>,
     args: impl Arguments,
 ) {
-    args.peek(items, T::SIZE, |raw| {
-        if let Some(uses) = T::uses(raw, caller.id())
-            && uses.granter == granter.id()
-            && let Some(gfn) = granter.view.peek_frame(uses.gref, caller.id())
-        {
+    uses_of::<T, H>(granter, caller, items, args, |uses| {
+        if let Some(gfn) = granter.view.peek_frame(uses.gref, caller.id()) {
             let bytes = if T::MOVES { uses.bytes } else { (0, 0) };
             hv.expect_frame(granter.private(), gfn, bytes);
         }
     });
 }
 
-/// Half a group on, what the entries lead to is asked for.
-const HALF: u32 = GROUP / 2;
+/// What the items will use that are for this granter.
+#[inline(always)]
+fn uses_of<T: Foresee, H: Hypervisor>(
+    granter: &Room<'_, H>,
+    caller: &Domain<H>,
+    items: Range<u32>,
+    args: impl Arguments,
+    mut each: impl FnMut(Uses),
+) {
+    args.peek(items, T::SIZE, |raw| {
+        if let Some(uses) = T::uses(raw, caller.id())
+            && uses.granter == granter.id()
+        {
+            each(uses);
+        }
+    });
+}
 
 /// Asks for the cache line of a place that will be written, or changed by a locked operation: one journey
 /// instead of two where another processor has it. A hint, for an embedder's

@@ -109,18 +109,18 @@ impl<H: Hypervisor> Run<H> {
         }
     }
 
-    /// Source and destination domain, where they are not the caller.
-    #[inline(always)]
-    fn domains(&self) -> (Option<&Domain<H>>, Option<&Domain<H>>) {
-        match &self.pair {
-            Some((_, source, dest)) => (source.as_deref(), dest.as_deref()),
-            None => (None, None),
-        }
-    }
-
     #[inline(always)]
     fn keeps_nothing(&self) -> bool {
         self.source.is_none() && self.dest.is_none()
+    }
+}
+
+/// Source and destination domain, where they are not the caller.
+#[inline(always)]
+fn domains_of<H: Hypervisor>(pair: Option<&Pair<H>>) -> (Option<&Domain<H>>, Option<&Domain<H>>) {
+    match pair {
+        Some((_, source, dest)) => (source.as_deref(), dest.as_deref()),
+        None => (None, None),
     }
 }
 
@@ -268,7 +268,7 @@ impl<H: Hypervisor> Visit<'_, H> {
     ) -> Option<Result<(), GrantStatus>> {
         let engine = self.engine;
         let hv = &engine.hv;
-        let (source, dest) = run.domains();
+        let (source, dest) = domains_of(run.pair.as_ref());
         let (granted, own, judged) = if FROM_GRANT {
             (&item.source, &item.dest, source)
         } else {
@@ -361,9 +361,7 @@ impl<H: Hypervisor> Visit<'_, H> {
             ..Copy::default()
         };
         self.begin_item();
-        let pair = run.pair.as_ref();
-        let source_domain = pair.and_then(|(_, source, _)| source.as_deref());
-        let dest_domain = pair.and_then(|(_, _, dest)| dest.as_deref());
+        let (source_domain, dest_domain) = domains_of(run.pair.as_ref());
         // 2, 3
         by_frame_is_own(&item.source, FROM_GRANT)?;
         let judged = (source_domain, Access::Read);

@@ -17,7 +17,7 @@ use crate::hypervisor::{
     Access, FrameOwner, Hook, HostMapping, HostUnmapping, Hypervisor, ResolveError, Resolved,
 };
 use crate::iommu;
-use crate::maptrack::Record;
+use crate::maptrack::{Free, Record};
 use crate::registry::{LEAVE_AFTER, Room, Visit};
 use crate::table::{Entry, SharedEntry};
 
@@ -235,16 +235,7 @@ impl<H: Hypervisor> Visit<'_, H> {
                 },
             )),
         };
-        match made {
-            Ok(()) => {
-                hv.hook(Hook::MapPublish);
-                Ok((free.publish(record_of(&item), now), mfn))
-            }
-            Err(undo) => {
-                caller.handles.release(free);
-                Err(self.undo(domain, undo))
-            }
-        }
+        self.end_map(caller, &item, free, made, now)
     }
 
     /// Steps 1 to 17 one by one.
@@ -278,17 +269,30 @@ impl<H: Hypervisor> Visit<'_, H> {
         };
         // 6 to 16
         let made = Mapping::new(hv, domain, granter, item).make();
-        if made.is_err() {
-            caller.handles.release(free);
-        }
+        self.end_map(caller, item, free, made, now)
+    }
+
+    /// Step 17, or what a failure gives back.
+    fn end_map<'h>(
+        &mut self,
+        caller: &Caller<'h, H>,
+        item: &MapGrantRef,
+        free: Free<'h>,
+        made: Result<Mfn, Unmade>,
+        now: u64,
+    ) -> Result<(GrantHandle, Mfn), GrantStatus> {
         match made {
-            // 17
             Ok(mfn) => {
-                hv.hook(Hook::MapPublish);
+                self.engine.hv.hook(Hook::MapPublish);
                 Ok((free.publish(record_of(item), now), mfn))
             }
-            Err(Unmade::Refused(status)) => Err(status),
-            Err(Unmade::Undo(undo)) => Err(self.undo(domain, undo)),
+            Err(unmade) => {
+                caller.handles.release(free);
+                Err(match unmade {
+                    Unmade::Refused(status) => status,
+                    Unmade::Undo(undo) => self.undo(caller.domain, undo),
+                })
+            }
         }
     }
 
@@ -422,14 +426,11 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
                 Some((self.hv.get_frame(mfn)?, None))
             }
         });
-        match self.install_all(mfn, found) {
-            Ok(()) => Ok(mfn),
-            Err(undo) => Err(Unmade::Undo(undo)),
-        }
+        self.install_all(mfn, found)
     }
 
     /// Steps 11 to 16 for an entry that is pinned; `None`: its frame could not be referenced.
-    fn install_all(&self, mfn: Mfn, found: Option<Found>) -> Result<(), Undo> {
+    fn install_all(&self, mfn: Mfn, found: Option<Found>) -> Result<Mfn, Unmade> {
         let (owner, typed) = found.map_or((None, None), |(owner, typed)| (Some(owner), typed));
         let mut taken = Taken {
             frames: u32::from(owner.is_some()),
@@ -437,12 +438,14 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
             found: typed,
             host: false,
         };
-        self.install(mfn, owner, &mut taken)
-            .map_err(|Failed| self.unmade(mfn, &taken))
+        match self.install(mfn, owner, &mut taken) {
+            Ok(()) => Ok(mfn),
+            Err(Failed) => Err(self.unmade(mfn, &taken)),
+        }
     }
 
     /// What is to be given back of an item that fails.
-    fn unmade(&self, mfn: Mfn, taken: &Taken) -> Undo {
+    fn unmade(&self, mfn: Mfn, taken: &Taken) -> Unmade {
         self.hv.hook(Hook::MapUnwind);
         let unmapping = taken.host.then_some(HostUnmapping {
             addr: self.item.host_addr,
@@ -450,7 +453,7 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
             mfn,
             flags: self.item.flags,
         });
-        Undo {
+        Unmade::Undo(Undo {
             granter: self.granter.id(),
             gref: self.item.gref,
             pins: self.pins,
@@ -459,7 +462,7 @@ impl<'a, 'r, H: Hypervisor> Mapping<'a, 'r, H> {
             unmapping,
             types: taken.types,
             frames: taken.frames,
-        }
+        })
     }
 
     /// Steps 13 to 16: references, types and mappings.

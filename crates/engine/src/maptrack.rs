@@ -474,25 +474,30 @@ impl<'a> Live<'a> {
     /// As [`Live::claim`], if nobody else is at it.
     #[inline(always)]
     pub(crate) fn claim_at_once(self) -> Option<RecordClaim<'a>> {
-        let Live { handle, slot, .. } = self;
-        let idle = self.word & !Record::BUSY;
-        take(slot.word(), idle).then(|| RecordClaim {
-            free: Free { handle, slot },
-            left: idle,
-        })
+        take(self.slot.word(), self.idle()).then(|| self.claimed())
     }
 
     /// Takes the record for one unmap, if it still says the same.
     #[inline(always)]
     pub(crate) fn claim(self) -> Option<RecordClaim<'a>> {
-        let idle = self.word & !Record::BUSY;
-        self.claim_at_once().or_else(|| {
-            let Live { handle, slot, .. } = self;
-            take_later(slot.word(), idle).then(|| RecordClaim {
-                free: Free { handle, slot },
-                left: idle,
-            })
-        })
+        let (word, idle) = (self.slot.word(), self.idle());
+        (take(word, idle) || take_later(word, idle)).then(|| self.claimed())
+    }
+
+    /// The record without the mark of who is at it.
+    #[inline(always)]
+    fn idle(self) -> u64 {
+        self.word & !Record::BUSY
+    }
+
+    /// The claim of who has set that mark.
+    #[inline(always)]
+    fn claimed(self) -> RecordClaim<'a> {
+        let Live { handle, slot, .. } = self;
+        RecordClaim {
+            free: Free { handle, slot },
+            left: self.idle(),
+        }
     }
 }
 

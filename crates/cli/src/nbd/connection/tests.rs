@@ -248,7 +248,7 @@ fn the_next_head_comes_along_with_a_payload() {
         };
         assert_eq!((lease.len(), next.len()), (32 << 10, second.len()));
         next[..come].copy_from_slice(&second[..come]);
-        connection.received(lease_len(LENGTH) + come);
+        connection.received((32 << 10) + come);
         let written = connection.next_request(&mut pages).expect("it is complete");
         assert_eq!((written.offset, written.length), (0, LENGTH));
         assert!(connection.next_request(&mut pages).is_none());
@@ -258,10 +258,6 @@ fn the_next_head_comes_along_with_a_payload() {
         }
         assert!(matches!(connection.input(), Some(Room::Leased(_, 0, _))));
     }
-}
-
-fn lease_len(length: u32) -> usize {
-    usize::try_from(length).unwrap()
 }
 
 #[test]
